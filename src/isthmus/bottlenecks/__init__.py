@@ -1,0 +1,1 @@
+"""Features → `Code`: discrete, sparse, entropic, key-value…"""

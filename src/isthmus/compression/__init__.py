@@ -1,0 +1,1 @@
+"""Make a network smaller: relevance pruning, learned codebooks, one-way filters, fixed point."""

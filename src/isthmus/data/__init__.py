@@ -1,0 +1,1 @@
+"""Where batches come from: built-in, a folder, parquet, the hub, shards."""

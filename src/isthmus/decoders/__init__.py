@@ -1,0 +1,1 @@
+"""Features → pixels, labels, boxes, masks, words, digits; and necks."""

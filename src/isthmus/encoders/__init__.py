@@ -1,0 +1,1 @@
+"""Pixels, sound, brain signals, tokens → features: one architecture a file."""

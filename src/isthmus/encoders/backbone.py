@@ -1,0 +1,84 @@
+"""Any timm model as an encoder: a pyramid of maps, asked for by reduction and never by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.codec import FeatureInfo, UserError, create_timm, part, spec_of
+
+
+@part
+class Backbone(nn.Module):
+    """A timm model whose ``forward`` returns maps ``(B, C, H, W)``, finest first.
+
+    ``Backbone("resnet50")(images)`` returns four maps of reduction 4, 8, 16 and 32. The whole model, head included,
+    stays in ``model``: save its ``state_dict`` and timm loads it.
+
+    Args:
+        model: a timm model or a timm name; keyword arguments go to ``timm.create_model``.
+        reductions: the levels wanted, as input pixels per cell, ascending. Default: 4, 8, 16, 32 as far as the model
+            has them, or its only level (plain ViTs). Where several stages share a reduction the deepest is taken.
+
+    Raises:
+        UserError: an unknown timm name, or a reduction that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module | str, reductions: Sequence[int] | None = None, **timm_kwargs: Any) -> None:
+        super().__init__()
+        if isinstance(model, str):
+            model = create_timm(model.removeprefix("timm:"), **timm_kwargs)
+        elif timm_kwargs:
+            raise UserError(f"{', '.join(timm_kwargs)}: timm arguments are for a model given by name.")
+        self.model = model
+        levels = _levels(model)
+        wanted = list(reductions) if reductions is not None else [r for r in levels if r >= 4] or list(levels)
+        missing = [r for r in wanted if r not in levels]
+        if missing or wanted != sorted(set(wanted)) or not wanted:
+            raise UserError(
+                f"{type(model).__name__} has levels of reduction {sorted(levels)}; {wanted} was asked for "
+                "(ascending, without repeats)."
+            )
+        self._chosen = [levels[r] for r in wanted]
+        self.feature_info = [FeatureInfo(level["num_chs"], level["reduction"]) for level in self._chosen]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images ``(B, C, H, W)`` to maps ``(B, C_l, H / r_l, W / r_l)``, one for every reduction asked for."""
+        if hasattr(self.model, "forward_intermediates"):
+            indices = [level["index"] for level in self._chosen]
+            model = cast(Any, self.model)
+            return list(model.forward_intermediates(x, indices=indices, output_fmt="NCHW", intermediates_only=True))
+        return self._hooked(x)
+
+    def _hooked(self, x: Tensor) -> list[Tensor]:
+        """For the few timm models without ``forward_intermediates``: listen at the modules of ``feature_info``."""
+        caught: dict[str, Tensor] = {}
+        handles = []
+        for level in self._chosen:
+            name = level["module"]
+
+            def keep(_module: nn.Module, _inputs: Any, output: Tensor, name: str = name) -> None:
+                caught[name] = output
+
+            handles.append(self.model.get_submodule(name).register_forward_hook(keep))
+        try:
+            cast(Any, self.model).forward_features(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [caught[level["module"]] for level in self._chosen]
+
+
+def _levels(model: nn.Module) -> dict[int, dict[str, Any]]:
+    """Reduction → the deepest level of that reduction, from timm's own ``feature_info``."""
+    info = getattr(model, "feature_info", None)
+    if not info:
+        raise UserError(f"{type(model).__name__} does not describe its features (no feature_info), so it is no backbone.")
+    entries = list(info.info) if hasattr(info, "info") else list(info)
+    levels: dict[int, dict[str, Any]] = {}
+    for index, entry in enumerate(entries):
+        levels[int(entry["reduction"])] = {**entry, "index": index}
+    return dict(sorted(levels.items()))

@@ -1,0 +1,1 @@
+"""Look inside: linear interpreters, relevance, inversion, dissection, receptive fields, circuits, cost."""

@@ -1,0 +1,1 @@
+"""One file a paper: `Config`, `run()`, `apply()`; the only place that knows about everything."""

@@ -1,0 +1,1 @@
+"""Attack and defend: natural transformations, crop selection, caption attacks."""
