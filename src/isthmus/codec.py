@@ -25,7 +25,7 @@ Condition = Mapping[str, Tensor]
 
 
 class UserError(ValueError):
-    """A mistake the person at the keyboard can mend; the command line prints it as one sentence, without a traceback."""
+    """A mistake the person at the keyboard can mend; the command line prints it as one sentence, no traceback."""
 
 
 # ------------------------------------------------------------------------------------------------------- contracts
@@ -102,7 +102,7 @@ class Loss(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor] = {}  # noqa: RUF012 - a tuple's default; nobody writes to it
-    outputs: Mapping[str, Any] = {}  # noqa: RUF012
+    outputs: Mapping[str, Any] = {}
 
 
 class Turn(NamedTuple):
@@ -164,6 +164,7 @@ def part(cls: _Class) -> _Class:
             object.__setattr__(self, "_part_arguments", given)
 
     cls.__init__ = remembering
+    cls._is_isthmus_part = True
     return cls
 
 
@@ -215,8 +216,10 @@ def build(spec: Any) -> Any:
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"this version of isthmus has no part {target!r}; the file may come from a newer one.") from error
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module_name):
+        raise UserError(
+            f"this version of isthmus has no part {target!r}; the file may come from a newer one."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and "_is_isthmus_part" in cls.__dict__):
         raise UserError(f"target {target!r} is refused: it is no part.")
     return cls(**kwargs)
 
@@ -242,6 +245,7 @@ def create_timm(name: str, **kwargs: Any) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------------- Codec
 
 
+@part
 class PassThrough(nn.Module):
     """The default bottleneck: everything passes, at no cost."""
 
@@ -272,7 +276,9 @@ class Codec(nn.Module):
     CONFIG = "codec.json"
     WEIGHTS = "model.safetensors"
 
-    def __init__(self, encoder: nn.Module, bottleneck: nn.Module | None = None, decoder: nn.Module | None = None) -> None:
+    def __init__(
+        self, encoder: nn.Module, bottleneck: nn.Module | None = None, decoder: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.bottleneck = PassThrough() if bottleneck is None else bottleneck
@@ -315,8 +321,6 @@ class Codec(nn.Module):
             UserError: a part cannot be described (see :func:`spec_of`).
         """
         parts = {"encoder": self.encoder, "bottleneck": self.bottleneck, "decoder": self.decoder}
-        if isinstance(self.bottleneck, PassThrough):
-            parts["bottleneck"] = None  # type: ignore[assignment]
         config = {"format": "isthmus-codec", "version": 1, **{name: spec_of(p) for name, p in parts.items()}}
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
@@ -337,7 +341,9 @@ class Codec(nn.Module):
         try:
             config = json.loads((path / cls.CONFIG).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} holds no readable {cls.CONFIG}; give a folder written by save_pretrained.") from error
+            raise UserError(
+                f"{path} holds no readable {cls.CONFIG}; give a folder written by save_pretrained."
+            ) from error
         if not isinstance(config, dict) or config.get("format") != "isthmus-codec":
             raise UserError(f"{path / cls.CONFIG} is not an isthmus codec file.")
         if config.get("version") != 1:
@@ -411,7 +417,9 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator of its own
             tied = json.loads((file.metadata() or {}).get("tied", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); it may be missing or cut short.") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}); it may be missing or cut short."
+        ) from error
     state |= {name: state[other] for name, other in tied.items()}
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -430,4 +438,6 @@ def _download(repo_id: str, files: Sequence[str], revision: str | None) -> Path:
     try:
         return Path([hf_hub_download(repo_id, name, revision=revision) for name in files][-1]).parent
     except Exception as error:
-        raise UserError(f"{repo_id!r} is neither a folder nor a reachable Hugging Face repository with {files}.") from error
+        raise UserError(
+            f"{repo_id!r} is neither a folder nor a reachable Hugging Face repository with {files}."
+        ) from error

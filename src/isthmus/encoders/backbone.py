@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from isthmus.codec import FeatureInfo, UserError, create_timm, part, spec_of
+from isthmus.codec import FeatureInfo, UserError, create_timm, part
 
 
 @part
@@ -76,7 +75,9 @@ def _levels(model: nn.Module) -> dict[int, dict[str, Any]]:
     """Reduction → the deepest level of that reduction, from timm's own ``feature_info``."""
     info = getattr(model, "feature_info", None)
     if not info:
-        raise UserError(f"{type(model).__name__} does not describe its features (no feature_info), so it is no backbone.")
+        raise UserError(
+            f"{type(model).__name__} does not describe its features (no feature_info), so it is no backbone."
+        )
     entries = list(info.info) if hasattr(info, "info") else list(info)
     levels: dict[int, dict[str, Any]] = {}
     for index, entry in enumerate(entries):

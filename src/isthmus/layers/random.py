@@ -32,7 +32,7 @@ class ShardedGenerator(torch.Generator):
     world: int
 
     def __new__(cls, *parts: int | str, rank: int = 0, world: int = 1) -> ShardedGenerator:
-        return super().__new__(cls, device="cpu")
+        return super().__new__(cls)
 
     def __init__(self, *parts: int | str, rank: int = 0, world: int = 1) -> None:
         if not 0 <= rank < world:

@@ -1,0 +1,58 @@
+"""The parts that the shared contract test tries. A new part joins by one line here.
+
+Every entry is ``name -> (make, input)``: a function that makes a small part, and one that makes an input for it (from
+a generator). Encoders get an input, bottlenecks and decoders a pyramid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.codec import PassThrough
+from isthmus.encoders.backbone import Backbone
+
+Make = Callable[[], nn.Module]
+Feed = Callable[[torch.Generator], "Tensor | list[Tensor]"]
+
+
+def image(size: int = 64, batch: int = 2, channels: int = 3) -> Feed:
+    """A batch of random images."""
+    return lambda g: torch.rand(batch, channels, size, size, generator=g)
+
+
+def pyramid(*levels: tuple[int, int], batch: int = 2) -> Feed:
+    """Random maps, finest first: ``(channels, side)`` for every level."""
+    return lambda g: [torch.randn(batch, c, s, s, generator=g) for c, s in levels]
+
+
+def tokens(count: int, width: int, batch: int = 2) -> Feed:
+    """A pyramid of one level of random tokens ``(B, N, D)``."""
+    return lambda g: [torch.randn(batch, count, width, generator=g)]
+
+
+ENCODERS: dict[str, tuple[Make, Feed]] = {
+    "timm resnet": (lambda: Backbone("resnet10t"), image()),
+    "timm convnext": (lambda: Backbone("convnext_atto"), image()),
+    "timm swin, channels last inside": (
+        lambda: Backbone("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24, img_size=64, window_size=2),
+        image(),
+    ),
+    "timm vit": (
+        lambda: Backbone("vit_tiny_patch16_224", depth=2, embed_dim=48, img_size=64),
+        image(),
+    ),
+    "timm without forward_intermediates": (lambda: Backbone("legacy_xception", reductions=(8, 16)), image(96)),
+    "timm densenet, levels inside one list": (
+        lambda: Backbone("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
+        image(),
+    ),
+}
+
+BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
+    "pass-through": (PassThrough, pyramid((4, 8), (8, 4))),
+}
+
+DECODERS: dict[str, tuple[Make, Feed]] = {}

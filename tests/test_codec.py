@@ -1,0 +1,153 @@
+"""Codec composes, hands conditions on, saves, loads, and refuses what it must not load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from isthmus.codec import (
+    Code,
+    Codec,
+    UserError,
+    build,
+    create_timm,
+    load_weights,
+    save_weights,
+    spec_of,
+    write_atomically,
+)
+from isthmus.encoders.backbone import Backbone
+
+
+def small() -> Codec:
+    return Codec(Backbone("resnet10t", reductions=(8, 16)))
+
+
+class Shift(nn.Module):
+    """Adds a condition to every level."""
+
+    conditions = frozenset({"shift"})
+
+    def forward(self, features: list[Tensor], condition: dict[str, Tensor]) -> Code:
+        return Code([level + condition["shift"].view(-1, 1, 1, 1) for level in features])
+
+
+def test_prediction_without_decoder_is_the_features() -> None:
+    codec, x = small().eval(), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        prediction, code = codec(x)
+        direct = codec.encoder(x)
+    assert [level.shape[1] for level in prediction] == [128, 256]
+    assert all(torch.equal(a, b) for a, b in zip(code.features, direct, strict=True))
+    assert code.loss.item() == 0.0
+
+
+def test_conditions_reach_the_part_that_declares_them() -> None:
+    codec = Codec(Backbone("resnet10t", reductions=(16,)), Shift()).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        plain = codec(x, {"shift": torch.zeros(2)}).prediction[0]
+        moved = codec(x, {"shift": torch.tensor([0.0, 1.0])}).prediction[0]
+    assert torch.equal(plain[0], moved[0])
+    torch.testing.assert_close(plain[1] + 1, moved[1])
+
+
+def test_unknown_condition_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no part takes the condition colour; the parts take: shift"):
+        Codec(Backbone("resnet10t"), Shift())(torch.rand(1, 3, 64, 64), {"colour": torch.zeros(1)})
+
+
+def test_saved_codec_computes_the_same(tmp_path: Path) -> None:
+    codec, x = small().eval(), torch.rand(1, 3, 64, 64)
+    codec.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["codec.json", "model.safetensors"]
+    again = Codec.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(codec(x).prediction, again(x).prediction, strict=True))
+    timm_model = create_timm("resnet10t")
+    timm_model.load_state_dict(again.encoder.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os:system", "torch.nn:Linear", "isthmus.codec:write_atomically", "isthmus.codec:Path", "isthmus.nothing:Here"],
+)
+def test_model_file_can_name_only_parts(target: str) -> None:
+    with pytest.raises(UserError):
+        build({"target": target, "kwargs": {}})
+
+
+def test_foreign_module_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Sequential cannot be written"):
+        Codec(nn.Sequential(nn.Conv2d(3, 4, 1))).save_pretrained(tmp_path / "x")
+    assert not list((tmp_path / "x").glob("*.json"))
+
+
+def test_unknown_timm_name_is_answered_with_near_ones() -> None:
+    with pytest.raises(UserError, match="resnet50"):
+        create_timm("resnet_50")
+
+
+@pytest.mark.parametrize("damage", ["cut", "absent", "foreign", "another size", "not json"])
+def test_damaged_files_are_told(tmp_path: Path, damage: str) -> None:
+    small().save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "codec.json"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "absent":
+        weights.unlink()
+    elif damage == "foreign":
+        config.write_text(json.dumps({"architectures": ["Bert"]}))
+    elif damage == "not json":
+        config.write_text("{")
+    else:
+        spec = json.loads(config.read_text())
+        spec["encoder"]["kwargs"]["model"] = "resnet18"
+        config.write_text(json.dumps(spec))
+    with pytest.raises(UserError):
+        Codec.from_pretrained(tmp_path)
+
+
+def test_backbone_refuses_levels_it_does_not_have() -> None:
+    with pytest.raises(UserError, match=r"levels of reduction \[2, 4, 8, 16, 32\]"):
+        Backbone("resnet10t", reductions=(4, 64))
+    with pytest.raises(UserError, match="ascending"):
+        Backbone("resnet10t", reductions=(16, 8))
+
+
+def test_tied_tensors_are_stored_once_and_tied_again(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.b.weight = self.a.weight
+
+    model, other = Tied(), Tied()
+    save_weights(model, tmp_path / "m.safetensors")
+    load_weights(other, tmp_path / "m.safetensors")
+    assert torch.equal(model.a.weight, other.b.weight)
+    assert (tmp_path / "m.safetensors").stat().st_size < 1.5 * 64 * 64 * 4
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(_fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("isthmus.codec.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_description_is_plain_json() -> None:
+    spec = spec_of(Backbone("resnet10t", reductions=(8, 16), in_chans=1))
+    assert json.loads(json.dumps(spec)) == spec
+    assert build(spec).model.conv1[0].in_channels == 1
