@@ -23,7 +23,7 @@ claims: install  ## the verdict over seeds of every ready system, recorded in re
 	$(BIN)/isthmus claim --all --seeds 0 1 2
 
 bench: install  ## speed and memory beside named peers, recorded in results/benchmarks
-	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out common,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 install: .venv/.installed
 
