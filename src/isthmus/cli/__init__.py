@@ -1,0 +1,78 @@
+"""The command line: list · show · run · claim · apply · report · convert · completion.
+
+Exit codes: 0 all went well; 1 a claim's verdict differs from the recorded one, or the run failed; 2 a mistake in the
+command or its input; 130 interrupted. Nothing here imports torch until a command needs it. ``ISTHMUS_DEBUG=1`` shows
+the traceback behind a one-line error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from isthmus.cli.parser import build_parser
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # `run` takes every field of a recipe's Config as a flag, which only the recipe knows.
+        if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
+            from isthmus.cli.running import run
+
+            return run(arguments[1], arguments[2:])
+        parser = build_parser()
+        parsed = parser.parse_args(arguments)
+        if parsed.handler is None:
+            parser.print_help()
+            return OK
+        return parsed.handler(parsed)
+    except KeyboardInterrupt as interrupt:
+        _say(str(interrupt) or "interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`isthmus list | head`): nothing is wrong, and nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        if os.environ.get("ISTHMUS_DEBUG"):
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print one sentence about an error and return the exit code it deserves."""
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "isthmus":
+        _say(_missing_package(error.name.partition(".")[0]))
+        return USAGE
+    if isinstance(error, (ValueError, OSError)):
+        # Mistakes that can be mended: arguments, files, a full disk.
+        _say(" ".join(str(error).split()) or type(error).__name__)
+        return USAGE
+    _say(f"{type(error).__name__}: {' '.join(str(error).split())} (set ISTHMUS_DEBUG=1 to see where it happened)")
+    return FAILED
+
+
+def _missing_package(package: str) -> str:
+    """Name the extra that brings a package, where one of ours does."""
+    import re
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        wanted = requires("isthmus") or []
+    except PackageNotFoundError:
+        wanted = []
+    for line in wanted:
+        extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
+        name = re.match(r"[\w.-]+", line)
+        if extra and name and name.group().lower().replace("-", "_") == package.lower().replace("-", "_"):
+            return f'this needs the package {package}: pip install "isthmus[{extra.group(1)}]".'
+    return f"this needs the package {package}: pip install {package}."
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"isthmus: {sentence}\n")

@@ -1,0 +1,169 @@
+"""The catalog tells the truth: about the papers, about the recipes, and about what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from isthmus import catalog
+from isthmus.catalog import Claim, System
+
+from .conftest import ROOT, shared
+
+
+def test_there_are_fifty_two_systems_in_order_with_unique_names() -> None:
+    systems = catalog.systems()
+    assert [system.number for system in systems] == list(range(1, 53))
+    assert len({system.name for system in systems}) == 52
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", system.name) for system in systems)
+    assert all(len(system.summary) < 140 and system.summary.endswith(".") for system in systems)
+    assert all(system.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", system.arxiv) for system in systems)
+
+
+def test_number_name_and_arxiv_id_are_those_of_the_sheets() -> None:
+    sheets = {path.stem: path.read_text(encoding="utf-8") for path in shared("papers").glob("*.md")}
+    assert {system.slug for system in catalog.systems()} == set(sheets)
+    for system in catalog.systems():
+        assert system.arxiv in sheets[system.slug], system.slug
+
+
+@pytest.mark.parametrize("spelling", ["meg-decoding", "meg_decoding", "02", "2", "02-meg-decoding", " MEG-Decoding "])
+def test_a_system_is_found_in_every_spelling_of_its_name(spelling: str) -> None:
+    assert catalog.find(spelling).number == 2
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("sprak", "spark"), ("rot-net", "rotnet"), ("01-sprk", "spark")])
+def test_an_unknown_name_is_answered_with_the_nearest(typo: str, meant: str) -> None:
+    with pytest.raises(catalog.UnknownSystem, match=rf"{typo}.*Nearest:.*\b{meant}\b"):
+        catalog.find(typo)
+
+
+def test_a_name_like_nothing_points_to_the_list() -> None:
+    with pytest.raises(catalog.UnknownSystem, match="isthmus list"):
+        catalog.find("99")
+
+
+def test_a_claim_without_a_bar_is_refused() -> None:
+    with pytest.raises(ValueError, match="no bar"):
+        Claim("faster", "It is faster.", "speed")
+    assert Claim("faster", "It is faster.", "speed", at_least=1.25, at_most=3).bar == "≥ 1.25 and ≤ 3"
+
+
+def test_every_ready_recipe_can_be_described_without_importing_it() -> None:
+    for system in catalog.systems():
+        if system.ready:
+            assert catalog.docstring(system.recipe), f"{system.recipe} needs a docstring"
+            undocumented = [s.name for s in catalog.settings(system.recipe) if not s.doc]
+            assert not undocumented, f"{system.recipe}: document the fields {undocumented}"
+
+
+def test_settings_are_read_from_source(tmp_path: Path) -> None:
+    recipe = tmp_path / "toy.py"
+    recipe.write_text(
+        '''"""Toy."""
+import torch_is_not_imported
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Shared:
+    data: str = "digits"
+    """Where pictures
+    come from."""
+
+@dataclass(frozen=True)
+class Config(Shared):
+    steps: int = 10  # how many
+    # more than one line
+    # above the field
+    widths: tuple[int, ...] = (8, 16)
+    #: hash-colon
+    keep: float = 0.6
+    bare: int = 1
+
+    @classmethod
+    def paper(cls):
+        return cls(steps=1_000, data="folder:imagenet")
+'''
+    )
+    found = {s.name: s for s in catalog.settings(recipe)}
+    assert list(found) == ["data", "steps", "widths", "keep", "bare"]
+    assert found["data"] == catalog.Setting("data", "str", "'digits'", "'folder:imagenet'", "Where pictures come from.")
+    assert found["steps"] == catalog.Setting("steps", "int", "10", "1000", "how many")
+    assert found["widths"].doc == "more than one line above the field"
+    assert found["widths"].default == "(8, 16)"
+    assert (found["keep"].doc, found["bare"].doc) == ("hash-colon", "")
+
+
+def verdict_file(folder: Path, system: str, **verdict: object) -> None:
+    content = {"format": "isthmus-claims", "version": 1, "system": system, "verdicts": [verdict]}
+    (folder / "claims").mkdir(exist_ok=True)
+    (folder / "claims" / f"{system}.json").write_text(json.dumps(content))
+
+
+def test_a_verdict_counts_only_for_the_bar_it_was_measured_against(tmp_path: Path) -> None:
+    claim = Claim("gain", "It helps.", "gain", at_least=4)
+    system = System(99, "toy", "Toy", "Nobody", 2000, "lens", "Nothing.", claims=(claim,))
+    assert catalog.measured(system, tmp_path) is None
+    verdict_file(tmp_path, "toy", name="gain", metric="gain", bar="≥ 4", rule="mean", mean=5.0, holds=True)
+    record = catalog.measured(system, tmp_path)
+    assert catalog.verdict_of(claim, record) is True
+    assert catalog.verdict_of(Claim("gain", "It helps.", "gain", at_least=6), record) is None
+    assert catalog.verdict_of(Claim("other", "It helps.", "gain", at_least=4), record) is None
+
+
+def test_a_broken_or_foreign_verdict_file_is_named(tmp_path: Path) -> None:
+    system = catalog.find("spark")
+    (tmp_path / "claims").mkdir()
+    path = tmp_path / "claims" / "spark.json"
+    path.write_text('{"format": "isth')
+    with pytest.raises(ValueError, match=r"spark\.json is no JSON"):
+        catalog.measured(system, tmp_path)
+    path.write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="not written by"):
+        catalog.measured(system, tmp_path)
+
+
+def test_every_committed_verdict_is_readable_and_belongs_to_a_claim() -> None:
+    for path in (ROOT / "results" / "claims").glob("*.json"):
+        system = catalog.find(path.stem)
+        record = catalog.measured(system, ROOT / "results")
+        assert record is not None
+        stale = {v["name"] for v in record["verdicts"]} - {claim.name for claim in system.claims}
+        assert not stale, f"{path} judges {stale}, which the catalog does not claim; measure it again"
+
+
+def test_readme_table_is_up_to_date() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert catalog.markdown_table(ROOT / "results") in readme, "run `python -m isthmus.catalog --readme`"
+
+
+def test_readme_table_is_rewritten_in_place_and_only_there(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{catalog.MARKS[0]}\nold\n{catalog.MARKS[1]}\nafter\n")
+    assert catalog.update_readme(readme, tmp_path)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert text.count("| 52 |") == 1
+    assert not catalog.update_readme(readme, tmp_path)
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="lacks the marks"):
+        catalog.update_readme(readme, tmp_path)
+
+
+def test_the_catalog_and_the_command_line_import_no_torch() -> None:
+    code = (
+        "import sys, isthmus.catalog, isthmus.recipes, isthmus.cli\n"
+        "from isthmus.cli import main\n"
+        "main(['list']); main(['show', 'spark']); main(['list', '--json'])\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'tyro', 'timm'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
