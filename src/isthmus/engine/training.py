@@ -1,0 +1,140 @@
+"""What a phase of training is told: how long, how fast, with which optimiser. Plain data, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from isthmus.codec import UserError
+from isthmus.engine.optim import Schedule
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one phase.
+
+    Raises:
+        UserError: a value is out of range; the sentence names the field and what it may be.
+    """
+
+    steps: int | None = None
+    """Length in optimiser steps; give this or ``epochs``."""
+    epochs: float | None = None
+    """Length in passes over the data (the rest of a pass that fills no batch is left out)."""
+    batch_size: int = 64
+    """Samples that one optimiser step sees, over all devices and accumulated parts together."""
+    optimizer: str = "adamw"
+    """Any optimiser name of timm: adamw, lamb, sgd (with Nesterov's momentum), momentum (without), …"""
+    lr: float = 1e-3
+    """Peak learning rate, for this batch size."""
+    betas: tuple[float, ...] | None = None
+    """Averaging factors of Adam-like optimisers; None is the optimiser's own."""
+    eps: float | None = None
+    """Term in the denominator of Adam-like optimisers; None is the optimiser's own."""
+    momentum: float = 0.9
+    """Momentum of SGD-like optimisers."""
+    weight_decay: float = 0.0
+    """Weight decay at the first step, for parameters that decay."""
+    weight_decay_end: float | None = None
+    """Weight decay at the last step, reached along a cosine; None keeps it constant."""
+    decay_all: bool = False
+    """Decay norms, biases and tokens as well (older convnet recipes do)."""
+    schedule: Literal["cosine", "linear", "multistep", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; give this or ``warmup_epochs``."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up."""
+    warmup_from: float = 0.005
+    """Learning rate at the first step, as a share of the peak."""
+    final_lr_ratio: float = 0.001
+    """Learning rate at the last step of the cosine and linear schedules, as a share of the peak."""
+    milestones: tuple[float, ...] = ()
+    """Where "multistep" lowers the learning rate: in epochs where the length is in epochs, in steps otherwise."""
+    gamma: float = 0.1
+    """Factor that "multistep" lowers it by at every milestone."""
+    clip: float | None = None
+    """Largest global gradient norm; LAMB clips inside itself, with this value."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, to save memory; for mean losses the step is that of the whole batch."""
+    ema: float | None = None
+    """Decay of the exponential moving average of the weights, such as 0.9999; None keeps none."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate for every layer further from the output."""
+    compile: bool = False
+    """Run the objective through torch.compile."""
+    workers: int = 0
+    """Processes that decode samples ahead of the loop."""
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimiser, such as {"always_adapt": True}."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"give either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
+        if self.warmup_steps and self.warmup_epochs:
+            raise UserError(f"give warmup_steps or warmup_epochs, got {self.warmup_steps} and {self.warmup_epochs}.")
+        for name in ("steps", "epochs", "batch_size", "lr", "accumulate", "clip", "gamma", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} must be above 0, got {value}.")
+        for name in ("weight_decay", "weight_decay_end", "warmup_steps", "warmup_epochs", "workers"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"{name} must be 0 or more, got {value}.")
+        for name in ("warmup_from", "final_lr_ratio", "layer_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema is a decay between 0 and 1, such as 0.9999, or None, got {self.ema}.")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas must lie in [0, 1), got {self.betas}.")
+        if self.schedule not in ("cosine", "linear", "multistep", "constant"):
+            raise UserError(f"schedule must be cosine, linear, multistep or constant, got {self.schedule!r}.")
+        if bool(self.milestones) != (self.schedule == "multistep"):
+            raise UserError(f'milestones go with schedule="multistep", got {self.milestones} and {self.schedule!r}.')
+        if self.batch_size % self.accumulate:
+            raise UserError(f"batch_size {self.batch_size} cannot be cut into {self.accumulate} equal parts.")
+
+    def length(self, samples: int | None) -> int:
+        """Optimiser steps over a source of so many samples.
+
+        Raises:
+            UserError: the length is in epochs and the source has no length, or less than a batch.
+        """
+        if self.steps is not None:
+            return self.steps
+        if samples is None:
+            raise UserError("this source has no length, so epochs mean nothing for it; give steps instead.")
+        assert self.epochs is not None
+        return max(1, round(self.epochs * self.steps_per_epoch(samples)))
+
+    def steps_per_epoch(self, samples: int | None) -> int:
+        """Whole batches in one pass over so many samples."""
+        if samples is None:
+            return 1
+        if samples < self.batch_size:
+            raise UserError(
+                f"the source has {samples} samples, fewer than one batch of {self.batch_size}; lower batch_size."
+            )
+        return samples // self.batch_size
+
+    def schedule_for(self, samples: int | None, steps: int) -> Schedule:
+        """Learning rate and weight decay over ``steps`` steps; a capped run passes through the whole shape, faster."""
+        full, epoch = self.length(samples), self.steps_per_epoch(samples)
+        warmup = self.warmup_steps or self.warmup_epochs * epoch
+        unit = 1 if self.epochs is None else epoch
+        if warmup >= full:
+            raise UserError(f"the warm-up of {warmup:g} steps must be shorter than the phase of {full} steps.")
+        return Schedule(
+            lr=self.lr,
+            steps=steps,
+            weight_decay=self.weight_decay,
+            weight_decay_end=self.weight_decay_end,
+            shape=self.schedule,
+            warmup_steps=round(warmup * steps / full),
+            warmup_from=self.warmup_from,
+            final_lr_ratio=self.final_lr_ratio,
+            milestones=tuple(round(m * unit * steps / full) for m in self.milestones),
+            gamma=self.gamma,
+        )
