@@ -1,1 +1,7 @@
-"""Pixels, sound, brain signals, tokens → features: one architecture a file."""
+"""Pixels, sound, brain signals, tokens → features: one architecture a file.
+
+Importing this package registers our image architectures with timm.
+"""
+
+from isthmus.encoders import alexnet as alexnet
+from isthmus.encoders import nin as nin
