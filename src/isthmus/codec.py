@@ -231,6 +231,7 @@ def create_timm(name: str, **kwargs: Any) -> nn.Module:
     """
     import timm
 
+    importlib.import_module("isthmus.encoders")  # registers our own architectures with timm
     if not timm.is_model(name):
         import difflib
 
