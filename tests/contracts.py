@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.codec import PassThrough
+from isthmus.decoders.probes import (
+    AlexNetProbe,
+    AttentiveProbe,
+    ConvProbe,
+    LinearProbe,
+    NonLinearProbe,
+    PooledProbe,
+)
 from isthmus.encoders.backbone import Backbone
 
 Make = Callable[[], nn.Module]
@@ -49,10 +57,20 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         lambda: Backbone("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
         image(),
     ),
+    "network in network": (lambda: Backbone("nin_cifar_tiny", reductions=(2, 4)), image(32)),
+    "rotnet alexnet": (lambda: Backbone("rotnet_alexnet", widths=(4, 6, 8, 5, 5, 16)), image()),
 }
 
 BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
     "pass-through": (PassThrough, pyramid((4, 8), (8, 4))),
 }
 
-DECODERS: dict[str, tuple[Make, Feed]] = {}
+DECODERS: dict[str, tuple[Make, Feed]] = {
+    "linear probe": (lambda: LinearProbe(8, 5), pyramid((4, 8), (8, 4))),
+    "linear probe of tokens": (lambda: LinearProbe(8, 5, token=0), tokens(9, 8)),
+    "pooled probe": (lambda: PooledProbe(4, 5, grid=2, level=0), pyramid((4, 8), (8, 4))),
+    "non-linear probe": (lambda: NonLinearProbe(128, 5), pyramid((4, 8), (8, 4))),
+    "convolutional probe": (lambda: ConvProbe(8, 5, width=8), pyramid((4, 8), (8, 4))),
+    "alexnet probe": (lambda: AlexNetProbe(8, 5, side=6, conv=True, width=16), pyramid((8, 6))),
+    "attentive probe": (lambda: AttentiveProbe(8, 5, num_heads=2), tokens(9, 8)),
+}
