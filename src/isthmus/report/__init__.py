@@ -5,7 +5,8 @@ one self-contained page out of one or several runs.
 """
 
 from isthmus.report.environment import environment
+from isthmus.report.html import render
 from isthmus.report.judge import Verdict, judge
 from isthmus.report.record import Record, read
 
-__all__ = ["Record", "Verdict", "environment", "judge", "read"]
+__all__ = ["Record", "Verdict", "environment", "judge", "read", "render"]

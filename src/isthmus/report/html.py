@@ -1,0 +1,343 @@
+"""One self-contained HTML page about one or several runs: no network, no script; wide, narrow, light, dark, print."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import struct
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from isthmus import __version__, catalog
+from isthmus.report.plot import COLOURS, Curve, plot
+from isthmus.report.record import read
+
+SMALL = 320  # pictures narrower than this are drawn enlarged, with their pixels visible
+
+
+def render(runs: Sequence[Path], results: Path | None = None) -> str:
+    """A page about runs, those of one system side by side.
+
+    Args:
+        runs: folders of runs (or their ``report.json``), in the order in which they are to appear.
+        results: folder of measured results, for the verdicts over seeds; ``./results`` or the package's own by default.
+
+    Raises:
+        ValueError: a folder holds no record of a run.
+    """
+    if not runs:
+        raise ValueError("there is no run to report on; give the folders of some.")
+    loaded = [_Run(Path(run), read(Path(run))) for run in runs]
+    _label(loaded)
+    names = list(dict.fromkeys(run.data["system"] for run in loaded))
+    groups = {name: [run for run in loaded if run.data["system"] == name] for name in names}
+    title = f"{', '.join(names)}: {len(loaded)} run{'s' if len(loaded) > 1 else ''}"
+    body = "".join(_system(name, group, results) for name, group in groups.items())
+    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{css}</style></head>\n<body><main>{body}"
+        f"<footer>Written by isthmus {escape(__version__)}. Everything on this page is inside this file.</footer>"
+        "</main></body></html>\n"
+    )
+
+
+class _Run:
+    """A record with the folder its files are in and the short name it has on the page."""
+
+    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+        self.folder = path if path.is_dir() else path.parent
+        self.data = data
+        self.label = self.folder.resolve().name
+
+
+def _label(runs: list[_Run]) -> None:
+    """Short names that tell the runs apart: the folder's name, with as many parents as that takes."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels)) == len(set(parts)):
+            break
+    for run, label in zip(runs, labels, strict=True):
+        run.label = label
+
+
+def _system(name: str, runs: list[_Run], results: Path | None) -> str:
+    try:
+        system = catalog.find(name)
+    except catalog.UnknownSystem:
+        system, record = None, None
+        head = f"<h1>{escape(name)}</h1>"
+    else:
+        record = catalog.measured(system, results)
+        link = f' · <a href="{escape(system.url)}">arXiv {escape(system.arxiv or "")}</a>' if system.url else ""
+        venue = f", {escape(system.venue)}" if system.venue else ""
+        head = (
+            f"<h1>{escape(name)}</h1><p><strong>{escape(system.title)}</strong><br>"
+            f'<span class="soft">{escape(system.authors)}, {system.year}{venue}{link}</span></p>'
+            f"<p>{escape(system.summary)}</p>"
+        )
+        if system.headline:
+            head += f'<p class="soft">The paper reports: {escape(system.headline)}.</p>'
+    sections = [
+        ("Claims", _claims(runs, record)),
+        ("Numbers", _metrics(runs)),
+        ("Pictures", _pictures(runs)),
+        ("Curves", _curves(runs)),
+        ("Good to know", _notes(runs)),
+        ("What it wrote", _artifacts(runs)),
+        ("Settings", _settings(runs)),
+        ("Where it ran", _environment(runs)),
+    ]
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
+    return f'<article class="system"><header>{head}{_legend(runs)}{_status(runs)}</header>{body}</article>'
+
+
+def _status(runs: list[_Run]) -> str:
+    """A banner for every run that did not finish, with what to do about it."""
+    told = []
+    for run in runs:
+        status, error = run.data["status"], run.data["error"]
+        if status == "finished":
+            continue
+        sentence = {
+            "running": f"is running, or was killed: last heard of {_moment(run.data['updated'])}.",
+            "interrupted": "was interrupted and can be resumed.",
+            "failed": "failed.",
+        }.get(status, f"is {status}.")
+        which = f"Run {run.label}" if len(runs) > 1 else "This run"
+        command = f"{run.data['command'].removesuffix(' --resume')} --resume"
+        again = f" To go on: <code>{escape(command)}</code>" if run.data["command"] and status != "failed" else ""
+        reason = f" {escape(error)}" if error else ""
+        told.append(f'<div class="status {escape(status)}">{escape(which)} {escape(sentence)}{reason}{again}</div>')
+    return "".join(told)
+
+
+def _legend(runs: list[_Run]) -> str:
+    if len(runs) < 2:
+        return ""
+    marks = [
+        f'<span><i style="background:var(--s{index % COLOURS})"></i>{escape(run.label)}</span>'
+        for index, run in enumerate(runs)
+    ]
+    return f'<div class="legend">{"".join(marks)}</div>'
+
+
+# ------------------------------------------------------------------------------------------------ numbers and claims
+
+
+def _claims(runs: list[_Run], record: dict[str, Any] | None) -> str:
+    entries = _merged(runs, lambda data: {claim["name"]: claim for claim in data["claims"]})
+    if not entries:
+        return ""
+    verdicts = {verdict["name"]: verdict for verdict in (record or {}).get("verdicts", ())}
+    shown = any(_fits(claim, verdicts.get(name)) for name, claim in entries.items())
+    heads = ["claim", "bar", "published"] + [run.label if len(runs) > 1 else "this run" for run in runs]
+    heads += ["over seeds"] if shown else []
+    rows = []
+    for name, claim in entries.items():
+        bar = f"{claim['metric']} {claim['bar']}" + (", every seed" if claim["rule"] == "every" else "")
+        cells = [
+            _cell(escape(claim["text"]), "claim"),
+            _cell(f"<code>{escape(_together(bar))}</code>", label="bar"),
+            _cell(escape(claim["published"] or "–"), label="published"),
+        ]
+        for head, run in zip(heads[3:], runs, strict=False):
+            own = next((c for c in run.data["claims"] if c["name"] == name), None)
+            cells.append(_cell(_mark(own["holds"], _number(own["value"])) if own else "–", "number", head))
+        if shown:
+            verdict = verdicts.get(name)
+            fits = _fits(claim, verdict)
+            figure = f"{_number(verdict['mean'])} ± {_number(verdict['spread'], 2)}" if fits and verdict else ""
+            cells.append(_cell(_mark(verdict["holds"], figure) if fits and verdict else "–", "number", "over seeds"))
+        rows.append(cells)
+    told = (
+        "One run uses one seed, so its marks are indicative; <code>isthmus claim</code> gives the verdict over seeds."
+    )
+    if record and shown:
+        seeds = ", ".join(map(str, record["seeds"]))
+        told += f" Recorded {escape(record['date'][:10])} with seeds {escape(seeds)}."
+    return f'{_table(heads, rows, "cards")}<p class="soft">{told}</p>'
+
+
+def _fits(claim: dict[str, Any], verdict: dict[str, Any] | None) -> bool:
+    """Whether a recorded verdict is about this very claim."""
+    return verdict is not None and all(verdict[key] == claim[key] for key in ("metric", "bar", "rule"))
+
+
+def _mark(holds: bool | None, figure: str) -> str:
+    if holds is None:
+        return '<span class="open">not measured</span>'
+    kind, word = ("yes", "holds") if holds else ("no", "does not hold")
+    return f'<span>{figure}<br><span class="{kind}">{"✓" if holds else "✗"} {word}</span></span>'
+
+
+def _metrics(runs: list[_Run]) -> str:
+    entries = _merged(runs, lambda data: data["metrics"])
+    if not entries:
+        return ""
+    published = any(metric["published"] for metric in entries.values())
+    heads = [""] + ([run.label for run in runs] if len(runs) > 1 else ["measured"])
+    rows = []
+    for name, metric in entries.items():
+        unit = f" {escape(metric['unit'])}" if metric["unit"] else ""
+        cells = [_cell(escape(name))]
+        for run in runs:
+            own = run.data["metrics"].get(name)
+            cells.append(_cell(_number(own["value"]) + unit if own else "–", "number"))
+        rows.append(cells + ([_cell(escape(metric["published"] or ""), "number")] if published else []))
+    return _table(heads + (["published"] if published else []), rows, "narrow", numeric=True)
+
+
+def _curves(runs: list[_Run]) -> str:
+    names = _merged(runs, lambda data: data["curves"])
+    figures = []
+    for name in names:
+        curves = {
+            run.label: Curve(run.data["curves"][name]["x"], run.data["curves"][name]["y"])
+            if name in run.data["curves"]
+            else Curve([], [])
+            for run in runs
+        }
+        ends = {label: [y for y in curve.y if y is not None][-1:] for label, curve in curves.items()}
+        last = ", ".join(f"{label} {_number(end[0])}" for label, end in ends.items() if end)
+        last = last if len(runs) > 1 else last.removeprefix(f"{runs[0].label} ")
+        drawn = plot(curves, f"{name} over steps")
+        if drawn:
+            figures.append(
+                f"<figure>{drawn}<figcaption>{escape(name)} over steps; last {escape(last)}</figcaption></figure>"
+            )
+    return f'{_legend(runs)}<div class="plots">{"".join(figures)}</div>' if figures else ""
+
+
+# ------------------------------------------------------------------------------------------------- pictures and words
+
+
+def _pictures(runs: list[_Run]) -> str:
+    names = _merged(runs, lambda data: {figure["name"]: figure for figure in data["figures"]})
+    told = []
+    for name in names:
+        owners = [(run, figure) for run in runs for figure in run.data["figures"] if figure["name"] == name]
+        figures = [_picture(run, figure, run.label if len(runs) > 1 else "") for run, figure in owners]
+        told.append(figures[0] if len(figures) == 1 else f'<div class="beside">{"".join(figures)}</div>')
+    return f'<div class="pictures">{"".join(told)}</div>' if told else ""
+
+
+def _picture(run: _Run, figure: dict[str, Any], label: str) -> str:
+    caption = escape(" · ".join(text for text in (label, figure["caption"] or figure["name"]) if text))
+    path = run.folder / figure["file"]
+    try:
+        data = path.read_bytes()
+        width, height = struct.unpack(">II", data[16:24])  # a PNG's header
+    except (OSError, struct.error):
+        gone = f'<p class="soft">The picture {escape(str(path))} is missing.</p>'
+        return f"<figure>{gone}<figcaption>{caption}</figcaption></figure>"
+    zoom = max(1, SMALL // width)
+    kind = ' class="small"' if zoom > 1 else ""
+    source = base64.b64encode(data).decode()
+    return (
+        f'<figure><img{kind} src="data:image/png;base64,{source}" width="{width * zoom}" height="{height * zoom}" '
+        f'alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _notes(runs: list[_Run]) -> str:
+    notes = list(dict.fromkeys(note for run in runs for note in run.data["notes"]))
+    told = []
+    for note in notes:
+        owners = [run.label for run in runs if note in run.data["notes"]]
+        which = f"{', '.join(owners)}: " if 0 < len(owners) < len(runs) else ""
+        told.append(f"<li>{escape(which + note)}</li>")
+    return f"<ul>{''.join(told)}</ul>" if told else ""
+
+
+def _artifacts(runs: list[_Run]) -> str:
+    told = [
+        f"<dt><code>{escape(str(run.folder / artifact['path']))}</code></dt><dd>{escape(artifact['text'])}</dd>"
+        for run in runs
+        for artifact in run.data["artifacts"]
+    ]
+    return f"<dl>{''.join(told)}</dl>" if told else ""
+
+
+def _settings(runs: list[_Run]) -> str:
+    def flat(data: dict[str, Any]) -> dict[str, Any]:
+        return {**data["config"], "seed": data["seed"], "scale": data["scale"], **data["options"]}
+
+    commands = list(dict.fromkeys(run.data["command"] for run in runs if run.data["command"]))
+    told = "".join(f"<p><code>{escape(command)}</code></p>" for command in commands)
+    return told + _facts(runs, flat)
+
+
+def _environment(runs: list[_Run]) -> str:
+    def flat(data: dict[str, Any]) -> dict[str, Any]:
+        machine = {key: value for key, value in data["hardware"].items() if value is not None}
+        spent = {"started": _moment(data["started"]), "time": _duration(data["seconds"])}
+        return {**spent, **machine, **data["versions"], "commit": data["commit"] or "not a checkout"}
+
+    return _facts(runs, flat)
+
+
+def _facts(runs: list[_Run], facts: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
+    """Names and values, one column a run; a row where the runs differ is marked."""
+    columns = [facts(run.data) for run in runs]
+    rows = []
+    for key in dict.fromkeys(itertools.chain.from_iterable(columns)):
+        values = [_value(column[key]) if key in column else "–" for column in columns]
+        differs = "differs" if len(set(values)) > 1 else ""
+        rows.append([_cell(escape(key)), *(_cell(f"<code>{escape(value)}</code>", differs) for value in values)])
+    return _table(["", *(run.label for run in runs)] if len(runs) > 1 else [], rows, "narrow")
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _merged(runs: list[_Run], entries: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Entries of all runs by name, in order of appearance; the first run that has one speaks for it."""
+    merged: dict[str, Any] = {}
+    for run in runs:
+        for name, entry in entries(run.data).items():
+            merged.setdefault(name, entry)
+    return merged
+
+
+def _cell(content: str, kind: str = "", label: str = "") -> str:
+    attributes = f' class="{kind}"' if kind else ""
+    attributes += f' data-label="{escape(label)}"' if label else ""
+    return f"<td{attributes}>{content}</td>"
+
+
+def _table(heads: list[str], rows: list[list[str]], kind: str, numeric: bool = False) -> str:
+    number = ' class="number"' if numeric else ""
+    cells = "".join(f"<th{number if index else ''}>{escape(head)}</th>" for index, head in enumerate(heads))
+    head = f"<thead><tr>{cells}</tr></thead>" if heads else ""
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _together(bar: str) -> str:
+    """No line break between a comparison sign and its number."""
+    return bar.replace("≥ ", "≥\u00a0").replace("≤ ", "≤\u00a0")
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "not finite" if value is None else f"{value:.{digits}g}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _moment(iso: str) -> str:
+    return iso.replace("T", " ").replace("Z", " UTC")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
