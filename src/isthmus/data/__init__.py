@@ -1,1 +1,24 @@
-"""Where batches come from: built-in, a folder, parquet, the hub, shards."""
+"""Where batches come from: built-in, a folder, parquet, the hub, shards.
+
+``load("digits")`` and the other built-in sources need no network; ``load("folder:PATH")`` and its kin read what you
+have.
+``batches`` turns a source into training batches, ``evaluation_batches`` into batches in order.
+"""
+
+from isthmus.data.dataset import COLUMNS, Dataset, Memory, Subset, collate
+from isthmus.data.loading import batches, evaluation_batches, steps_per_epoch
+from isthmus.data.sources import Source, load, sources
+
+__all__ = [
+    "COLUMNS",
+    "Dataset",
+    "Memory",
+    "Source",
+    "Subset",
+    "batches",
+    "collate",
+    "evaluation_batches",
+    "load",
+    "sources",
+    "steps_per_epoch",
+]
