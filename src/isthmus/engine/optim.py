@@ -167,11 +167,16 @@ def _layers(model: nn.Module | Sequence[str]) -> tuple[dict[str, int], int]:
 def _timm_layers(module: nn.Module) -> tuple[dict[str, int], int]:
     from timm.models import group_parameters
 
-    ids = group_parameters(module, module.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
-    return ids, max(ids.values())
+    matched: Any = group_parameters(module, module.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    return matched, max(matched.values())
 
 
-_RESNET_GROUPS = {(3, 4, 6, 3): (2, 3), (3, 4, 23, 3): (2, 3), (3, 8, 36, 3): (4, 4), (3, 24, 36, 3): (4, 4)}
+_RESNET_GROUPS: dict[tuple[int, ...], tuple[int, int]] = {
+    (3, 4, 6, 3): (2, 3),
+    (3, 4, 23, 3): (2, 3),
+    (3, 8, 36, 3): (4, 4),
+    (3, 24, 36, 3): (4, 4),
+}
 """Depths of ResNet-50, 101, 152 and 200: blocks that form one layer in stages 2 and 3."""
 
 
@@ -179,9 +184,10 @@ def _resnet_layers(names: list[str]) -> tuple[dict[str, int], int] | None:
     """Stem 0, stage 1 one layer, stages 2 and 3 cut into layers of a few blocks, stage 4 one layer, then the head."""
     blocks = [re.match(r"layer([1-4])\.(\d+)\.", name) for name in names]
     depths = [1 + max((int(b[2]) for b in blocks if b and b[1] == str(s)), default=-1) for s in (1, 2, 3, 4)]
-    if tuple(depths) not in _RESNET_GROUPS:
+    sizes = _RESNET_GROUPS.get(tuple(depths))
+    if sizes is None:
         return None
-    size2, size3 = _RESNET_GROUPS[tuple(depths)]
+    size2, size3 = sizes
     third = 2 + math.ceil(depths[1] / size2)
     fourth = third + math.ceil(depths[2] / size3)
 
@@ -247,7 +253,7 @@ def create_optimizer(
     """
     from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
-    known = list_optimizers()
+    known = [str(option) for option in list_optimizers()]
     if name.lower() not in known:
         import difflib
 

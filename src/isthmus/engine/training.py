@@ -66,6 +66,8 @@ class Training:
     """Run the objective through torch.compile."""
     workers: int = 0
     """Processes that decode samples ahead of the loop."""
+    evaluate_every: int | None = None
+    """Steps between two evaluations during training; only after the last step without it."""
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the optimiser, such as {"always_adapt": True}."""
 
@@ -74,7 +76,17 @@ class Training:
             raise UserError(f"give either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
         if self.warmup_steps and self.warmup_epochs:
             raise UserError(f"give warmup_steps or warmup_epochs, got {self.warmup_steps} and {self.warmup_epochs}.")
-        for name in ("steps", "epochs", "batch_size", "lr", "accumulate", "clip", "gamma", "layer_decay"):
+        for name in (
+            "steps",
+            "epochs",
+            "batch_size",
+            "lr",
+            "accumulate",
+            "clip",
+            "gamma",
+            "layer_decay",
+            "evaluate_every",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} must be above 0, got {value}.")
@@ -95,6 +107,10 @@ class Training:
             raise UserError(f'milestones go with schedule="multistep", got {self.milestones} and {self.schedule!r}.')
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} cannot be cut into {self.accumulate} equal parts.")
+
+    def evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation after ``step`` steps."""
+        return self.evaluate_every is not None and step % self.evaluate_every == 0
 
     def length(self, samples: int | None) -> int:
         """Optimiser steps over a source of so many samples.

@@ -1,0 +1,87 @@
+"""What may end a phase before its last step: numbers that are not finite, and people (or schedulers) who ask."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from isthmus.codec import UserError
+
+
+class Interrupted(SystemExit):
+    """A phase stopped on request, after a checkpoint; the process ends with exit code 130."""
+
+    def __init__(self) -> None:
+        super().__init__(130)
+
+
+class Diverged(UserError):
+    """Loss or gradient is not finite."""
+
+
+class Finite:
+    """Watches loss and gradient norm without making the device wait: each step is judged when the next one is queued.
+
+    Args:
+        lag: judge a step later (accelerators) or at once (CPU).
+        scaled: gradients are scaled for 16 bits and the scaler skips steps whose gradients overflow, which is no error.
+    """
+
+    def __init__(self, lag: bool, scaled: bool) -> None:
+        self.lag, self.scaled = lag, scaled
+        self._open: tuple[int, Any, Tensor, Tensor] | None = None
+
+    def watch(self, step: int, index: Any, loss: Tensor, norm: Tensor, good: Path | None) -> None:
+        """Note a step, and judge the one before it (or, without lag, itself).
+
+        Raises:
+            Diverged: the judged step was not finite; tells step, samples and the last good checkpoint.
+        """
+        if self.lag:
+            self.judge(good)
+        self._open = (step, index, loss.detach(), norm.detach())
+        if not self.lag:
+            self.judge(good)
+
+    def judge(self, good: Path | None) -> None:
+        """Judge the step that is still open; called before anything is saved."""
+        if self._open is None:
+            return
+        step, index, loss, norm = self._open
+        self._open = None
+        if torch.isfinite(loss) and (self.scaled or torch.isfinite(norm)):
+            return
+        what = f"the loss is {loss.item()}" if not torch.isfinite(loss) else f"the gradient norm is {norm.item()}"
+        ids = index.flatten().tolist() if isinstance(index, Tensor) else []
+        some = f" (samples {', '.join(map(str, ids[:8]))}{', …' if len(ids) > 8 else ''})" if ids else ""
+        kept = f"the last good checkpoint is {good}" if good is not None else "there is no checkpoint yet"
+        raise Diverged(f"{what} at step {step}{some}; {kept}. Lower the learning rate or clip gradients.")
+
+
+class Signals:
+    """While entered, Ctrl-C and SIGTERM set ``stop`` instead of ending the process; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = True
