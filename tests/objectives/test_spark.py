@@ -84,7 +84,7 @@ def test_training_lowers_the_loss_on_smooth_pictures() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.02
 
 
 def test_pictures_need_not_be_square() -> None:
