@@ -299,8 +299,8 @@ def _markdown_verdicts(system: System, results: Path | None) -> str:
     return "<br>".join(told) or "ready"
 
 
-def update_readme(readme: Path, results: Path | None = None) -> bool:
-    """Put the table of systems between the marks of a README; tells whether the file changed.
+def update_readme(readme: Path, results: Path | None = None, write: bool = True) -> bool:
+    """Put the table of systems between the marks of a README; tells whether it was out of date.
 
     Raises:
         ValueError: the marks are missing.
@@ -310,13 +310,21 @@ def update_readme(readme: Path, results: Path | None = None) -> bool:
     if begin < 0 or end < begin:
         raise ValueError(f"{readme} lacks the marks {MARKS[0]!r} … {MARKS[1]!r}.")
     new = f"{text[: begin + len(MARKS[0])]}\n{markdown_table(results)}\n{text[end:]}"
-    if new != text:
+    if write and new != text:
         readme.write_text(new, encoding="utf-8")
     return new != text
 
 
+def _main(arguments: list[str]) -> str | int:
+    if arguments[:1] not in (["--readme"], ["--check"]):
+        return "usage: python -m isthmus.catalog --readme | --check [README.md]"
+    readme = Path(arguments[1] if len(arguments) > 1 else "README.md")
+    stale = update_readme(readme, Path("results"), write=arguments[0] == "--readme")
+    if arguments[0] == "--check" and stale:
+        return f"{readme}: the table of systems is out of date; run `python -m isthmus.catalog --readme`"
+    sys.stdout.write(f"{readme}: {'rewritten' if stale else 'up to date'}\n")
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--readme"]:
-        sys.exit("usage: python -m isthmus.catalog --readme [README.md]")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("README.md")
-    sys.stdout.write(f"{target}: {'rewritten' if update_readme(target, Path('results')) else 'up to date'}\n")
+    sys.exit(_main(sys.argv[1:]))

@@ -20,11 +20,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        # `run` takes every field of a recipe's Config as a flag, which only the recipe knows.
-        if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
+        # `run` and `convert` take flags that only the recipe knows.
+        if len(arguments) > 1 and arguments[0] == "run" and arguments[1] not in ("-h", "--help"):
             from isthmus.cli.running import run
 
             return run(arguments[1], arguments[2:])
+        if arguments[:1] == ["convert"]:
+            from isthmus.cli.using import convert
+
+            return convert(arguments[1:])
+        if arguments[:1] == ["__complete"]:
+            from isthmus.cli.completion import answer
+
+            return answer(arguments[1:])
         parser = build_parser()
         parsed = parser.parse_args(arguments)
         if parsed.handler is None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from isthmus import catalog
 from isthmus.catalog import Claim, System
 
-_MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
+MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
 
 
 def list_systems(arguments: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def list_systems(arguments: argparse.Namespace) -> int:
         record = catalog.measured(system, arguments.results)
         marks = Text()
         for claim in system.claims if system.ready else ():
-            marks.append(*_MARKS[catalog.verdict_of(claim, record)])
+            marks.append(*MARKS[catalog.verdict_of(claim, record)])
         name = Text(system.name, style="bold cyan" if system.ready else "dim")
         summary = Text(system.summary)
         summary.truncate(room, overflow="ellipsis")
@@ -90,7 +90,7 @@ def _show_claims(console: Console, system: System, record: dict[str, Any] | None
         verdict = found.get(claim.name) if holds is not None else None
         figure = f"{verdict['mean']:.4g} ± {verdict['spread']:.2g}" if verdict else "not yet"
         bar = f"{claim.metric} {claim.bar}" + (" (every seed)" if claim.rule == "every" else "")
-        table.add_row(Text(*_MARKS[holds]), claim.text, bar, figure, Text(claim.published or "–"))
+        table.add_row(Text(*MARKS[holds]), claim.text, bar, figure, Text(claim.published or "–"))
     console.print("")
     console.print(table)
     if record:

@@ -1,0 +1,111 @@
+"""``isthmus apply``, ``report`` and ``convert``: what a finished run and a published checkpoint are good for."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from isthmus import catalog, recipes
+
+
+def apply(arguments: argparse.Namespace) -> int:
+    """Use a finished run on new inputs; print the files that were written."""
+    from isthmus.engine.folder import read_config
+
+    folder = arguments.run
+    name = read_config(folder)["name"]
+    if not (folder / "finished.json").is_file():
+        raise ValueError(f"{folder} is not finished; go on with `isthmus run {name} --resume --out {folder}` first.")
+    recipe = recipes.load(name)
+    inputs = _files(arguments.inputs)
+    out = arguments.out or folder / "applied"
+    written = [Path(path) for path in recipe.apply(folder, inputs, out)]
+    if arguments.json:
+        sys.stdout.write(json.dumps([str(path) for path in written], indent=1) + "\n")
+    else:
+        sys.stdout.write("".join(f"{path}\n" for path in written))
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write one HTML page about runs; print where it is."""
+    from isthmus.codec import write_atomically
+    from isthmus.report import render
+
+    runs = arguments.runs or _runs_here()
+    for run in runs:
+        if not run.exists():
+            raise ValueError(f"there is no {run}; give the folders of runs, such as those under runs/.")
+    target = arguments.out or (runs[0] / "report.html" if len(runs) == 1 and runs[0].is_dir() else Path("report.html"))
+    if target.is_dir():
+        target = target / "report.html"
+    write_atomically(target, render(runs, arguments.results).encode())
+    sys.stdout.write(f"{target}\n")
+    return 0
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """Turn a published checkpoint into safetensors; what else a recipe's ``convert`` takes are flags."""
+    from isthmus.cli.parser import build_parser
+    from isthmus.cli.running import check_flags, through_tyro
+
+    parser = build_parser()
+    if "--system" not in " ".join(arguments) and {"-h", "--help"} & set(arguments):
+        parser.parse_args(["convert", "--help"])
+    own = [argument for argument in arguments if argument not in ("-h", "--help")]
+    parsed, rest = parser.parse_known_args(["convert", *own])
+    rest += [argument for argument in arguments if argument in ("-h", "--help")]
+    system = catalog.find(parsed.system)
+    recipe = recipes.load(system.name)
+    if not hasattr(recipe, "convert"):
+        raise ValueError(f"{system.name} has no published checkpoint to convert.")
+    out = parsed.out or parsed.official.with_suffix(".safetensors")
+    if not parsed.official.exists():
+        raise FileNotFoundError(f"there is no file {parsed.official}.")
+    if out.resolve() == parsed.official.resolve():
+        raise ValueError(f"{out} would overwrite the checkpoint; give another --out.")
+    options = list(inspect.signature(recipe.convert).parameters)[2:]
+    prog = f"isthmus convert {parsed.official} --system {system.name}"
+    known = [f"--{name}" for name in options] + [f"--no-{name}" for name in options] + ["--help"]
+    check_flags(rest, known, prog)
+
+    import tyro
+
+    call = functools.partial(recipe.convert, parsed.official, out)
+    made = through_tyro(lambda: tyro.cli(call, args=rest, prog=prog), rest)
+    sys.stdout.write(f"{made or out}\n")
+    return 0
+
+
+def _files(inputs: Sequence[Path]) -> list[Path]:
+    """Inputs as files; a folder stands for the files in it.
+
+    Raises:
+        FileNotFoundError: an input does not exist, or a folder holds nothing.
+    """
+    found: list[Path] = []
+    for path in inputs:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {path}.")
+        inside = (
+            sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            if path.is_dir()
+            else [path]
+        )
+        if not inside:
+            raise FileNotFoundError(f"the folder {path} holds no file.")
+        found += inside
+    return found
+
+
+def _runs_here() -> list[Path]:
+    """Every run under ``runs/``, oldest first."""
+    found = [path.parent for path in Path("runs").rglob("report.json")]
+    if not found:
+        raise ValueError("there are no runs under runs/; give their folders, or start one with `isthmus run NAME`.")
+    return sorted(found, key=lambda folder: (folder / "report.json").stat().st_mtime)

@@ -1,0 +1,574 @@
+"""The command line: what a person types, what comes back, and what is said about a mistake.
+
+Most tests run a recipe of a dozen lines, written into a folder that takes the place of ``isthmus/recipes``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from isthmus import catalog, cli, recipes
+from isthmus.catalog import Claim, System
+from isthmus.cli import claiming
+from isthmus.cli.completion import candidates
+
+TOY = '''
+"""Toy: measures its own settings, so that tests know what to expect.
+
+More words.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from isthmus.codec import UserError
+
+needs = ("image",)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "digits"
+    """Where pictures come from."""
+    gain: float = 5.0
+    """What it will measure."""
+    widths: tuple[int, ...] = (8, 16)
+    """Widths."""
+    mode: Literal["plain", "user", "bug", "missing", "disk", "sleep", "silent"] = "plain"
+    """What goes wrong."""
+
+    def __post_init__(self):
+        if not self.widths:
+            raise ValueError("widths must name at least one width.")
+
+    @classmethod
+    def paper(cls):
+        return cls(gain=50.0, data="folder:imagenet")
+
+
+def run(config, run):
+    if config.mode == "user":
+        raise UserError("the mask hides everything; lower it.")
+    if config.mode == "bug":
+        raise RuntimeError("a bug\\n  on two lines")
+    if config.mode == "missing":
+        import shapely_is_not_here  # noqa: F401
+    if config.mode == "disk":
+        raise OSError(28, "No space left on device", "x.safetensors")
+    if config.mode == "sleep":
+        run.log("sleeping")
+        time.sleep(60)
+    if config.mode != "silent":
+        run.metric("gain", config.gain + run.seed, published="about 5", unit="points")
+    run.note("nothing was trained")
+    run.artifact("weights", run.dir / "weights.txt", "for tests")
+    (run.dir / "weights.txt").write_text("w")
+
+
+def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path in inputs:
+        target = out / path.name
+        target.write_text(path.read_text() + (run_dir / "weights.txt").read_text())
+        written.append(target)
+    return written
+
+
+def convert(path: Path, out: Path, half: bool = False, prefix: str = "") -> Path:
+    """Turn a toy checkpoint over.
+
+    Args:
+        path: the file.
+        out: where it goes.
+        half: in half.
+        prefix: put before it.
+    """
+    text = path.read_text()
+    out.write_text(prefix + (text[: len(text) // 2] if half else text))
+    return out
+'''
+
+SYSTEM = System(
+    99,
+    "toy",
+    "A Toy",
+    "Nobody",
+    2000,
+    "lens",
+    "Measures itself.",
+    claims=(Claim("gain", "It gains four points.", "gain", at_least=4, published="about 5"),),
+)
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder in which the toy recipe is the only one that is ready."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "toy.py").write_text(textwrap.dedent(TOY))
+    everything = (*catalog.systems(), SYSTEM)
+    monkeypatch.setattr(catalog, "systems", lambda: everything)
+    monkeypatch.setattr(catalog, "RECIPES", folder)
+    monkeypatch.setattr(recipes, "__path__", [str(folder)])
+    monkeypatch.delenv("ISTHMUS_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("isthmus.recipes.toy", None)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def calling(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return calling
+
+
+QUIET = ("--quiet", "--no-tensorboard", "--accelerator", "cpu")
+
+
+def toy_run(call: Call, out: str = "runs/toy", *flags: object) -> tuple[int, str, str]:
+    return call("run", "toy", "--out", out, *QUIET, *flags)
+
+
+# ---------------------------------------------------------------------------------------------------- list and show
+
+
+def test_list_answers_in_a_blink_and_without_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "isthmus.cli", "list"]
+    begun = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - begun < 2  # 0.1 s on a quiet machine; tests share theirs
+    imported = set(re.findall(r"\|\s+(\S+)$", done.stderr, re.MULTILINE))
+    assert "isthmus.cli" in imported
+    assert not imported & {"torch", "numpy", "timm", "matplotlib", "tyro", "lightning_fabric"}
+    assert "spark" in done.stdout
+    assert len(re.findall(r"^\d\d  ", done.stdout, re.MULTILINE)) == 52
+
+
+def test_list_as_json_has_the_promised_keys(call: Call, toy: Path) -> None:
+    code, out, _ = call("list", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert [system["number"] for system in found] == [*range(1, 53), 99]
+    assert all({"number", "name", "title", "part", "ready", "claims"} <= system.keys() for system in found)
+    assert found[-1]["ready"] is True
+    assert found[-1]["claims"][0] | {"text": ""} == {
+        "name": "gain",
+        "text": "",
+        "metric": "gain",
+        "at_least": 4,
+        "at_most": None,
+        "rule": "mean",
+        "published": "about 5",
+        "holds": None,
+        "measured": None,
+    }
+    _, out, _ = call("list", "--json", "--ready", "--part", "lens")
+    assert [system["name"] for system in json.loads(out)] == ["toy"]
+
+
+def test_show_tells_settings_and_claims(call: Call, toy: Path) -> None:
+    code, out, _ = call("show", "99")
+    assert code == 0
+    for told in (
+        "A Toy",
+        "Nobody, 2000",
+        "--widths",
+        "(8, 16)",
+        "50.0",
+        "It gains four points.",
+        "gain ≥ 4",
+        "not yet",
+    ):
+        assert told in out, told
+    _, out, _ = call("show", "toy", "--json")
+    found = json.loads(out)
+    assert [setting["name"] for setting in found["settings"]] == ["data", "gain", "widths", "mode"]
+    assert found["measured"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------- run
+
+
+def test_a_run_measures_and_leaves_a_report(call: Call, toy: Path) -> None:
+    code, out, err = toy_run(call, "runs/toy", "--gain", 4.5, "--widths", 1, 2, 3)
+    assert (code, err) == (0, "")
+    assert "4.5 points" in out
+    assert "✓ It gains four points." in out
+    assert "runs/toy/report.html" in out
+    record = json.loads((toy / "runs/toy/report.json").read_text())
+    assert record["config"] == {"data": "digits", "gain": 4.5, "widths": [1, 2, 3], "mode": "plain"}
+    assert record["command"].startswith("isthmus run toy --out runs/toy")
+    assert record["status"] == "finished"
+    assert any("changed here: --gain, --widths" in note for note in record["notes"])
+    assert "It gains four points." in (toy / "runs/toy/report.html").read_text()
+
+
+def test_a_run_prints_its_report_for_scripts(call: Call, toy: Path) -> None:
+    code, out, _ = toy_run(call, "runs/toy", "--json")
+    assert code == 0
+    assert json.loads(out)["metrics"]["gain"]["value"] == 5
+
+
+def test_your_own_data_and_other_lengths_get_numbers_not_verdicts(call: Call, toy: Path) -> None:
+    for number, flags in enumerate((("--data", "folder:mine"), ("--scale", "paper"), ("--max-steps", "1"))):
+        assert toy_run(call, f"runs/{number}", *flags)[0] == 0
+        record = json.loads((toy / f"runs/{number}/report.json").read_text())
+        assert record["claims"] == []
+        assert record["metrics"]
+        assert any("claims are about" in note for note in record["notes"])
+
+
+def test_the_paper_scale_takes_the_papers_settings_and_flags_still_count(call: Call, toy: Path) -> None:
+    assert toy_run(call, "runs/toy", "--scale=paper", "--data", "digits")[0] == 0
+    record = json.loads((toy / "runs/toy/report.json").read_text())
+    assert (record["scale"], record["config"]["gain"], record["config"]["data"]) == ("paper", 50.0, "digits")
+
+
+def test_resuming_needs_only_the_folder(call: Call, toy: Path) -> None:
+    assert toy_run(call, "runs/toy", "--gain", 7, "--seed", 3, "--scale", "paper", "--widths", 1)[0] == 0
+    code, out, _ = call("run", "toy", "--resume", "--out", "runs/toy")
+    assert code == 0
+    assert "10 points" in out
+    record = json.loads((toy / "runs/toy/report.json").read_text())
+    assert (record["seed"], record["scale"], record["config"]["widths"]) == (3, "paper", [1])
+    code, _, err = call("run", "toy", "--resume", "--out", "runs/toy", "--gain", 8)
+    assert code == 2
+    assert "gain" in err
+    assert "Traceback" not in err
+
+
+def test_help_of_a_recipe_lists_its_flags_and_teaches(call: Call, toy: Path) -> None:
+    code, out, _ = call("run", "toy", "--help")
+    assert code == 0
+    for told in (
+        "--gain",
+        "--max-steps",
+        "--scale {laptop,paper}",
+        "What it will measure.",
+        "isthmus run toy --seed 1",
+    ):
+        assert told in out, told
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gian", "3"], "there is no flag --gian; nearest: --gain"),
+        (["--zzz"], "there is no flag --zzz; `isthmus run toy --help` lists all"),
+        (["--gain", "much"], "Error parsing --gain: could not convert string to float: 'much'."),
+        (["--gain"], "Missing value for argument '--gain'"),
+        (["--widths"], "widths must name at least one width."),
+        (["--seed", "-1"], "seed must be 0 or more, got -1."),
+        (["--scale", "huge"], "--scale is laptop or paper, not 'huge'."),
+        (["--mode", "odd"], "invalid choice 'odd' for argument '--mode'"),
+        (["--mode", "user"], "the mask hides everything; lower it."),
+        (["--mode", "missing"], "this needs the package shapely_is_not_here"),
+        (["--mode", "disk"], "No space left on device"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_exit_code_two(call: Call, toy: Path, flags: list[str], said: str) -> None:
+    code, out, err = toy_run(call, "runs/toy", *flags)
+    assert code == 2, err
+    assert said in err
+    assert err.count("\n") == 1
+    assert err.startswith("isthmus: ")
+    assert out == ""
+
+
+def test_a_bug_is_told_in_one_line_and_shown_whole_on_request(
+    call: Call, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = toy_run(call, "runs/toy", "--mode", "bug")
+    assert code == 1
+    assert err == "isthmus: RuntimeError: a bug on two lines (set ISTHMUS_DEBUG=1 to see where it happened)\n"
+    assert json.loads((toy / "runs/toy/report.json").read_text())["status"] == "failed"
+    monkeypatch.setenv("ISTHMUS_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="a bug"):
+        toy_run(call, "runs/other", "--mode", "bug")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["run", "tyo"], "no system is called 'tyo'. Nearest: toy"),
+        (["run", "--seed", "1"], "name the system first"),
+        (["run"], "name the system first"),
+        (["run", "natra"], "natra has no recipe yet"),
+        (["show", "sparc"], "Nearest: spark"),
+        (["lst"], "lst"),
+        (["list", "--redy"], "there is no flag --redy; nearest: --ready"),
+        (["list", "--part", "nose"], "nose"),
+        (["apply", "nowhere", "x"], "nowhere holds no run"),
+        (["report", "nowhere"], "there is no nowhere"),
+        (["report"], "there are no runs under runs/"),
+        (["claim"], "name one system, or give --all"),
+        (["claim", "toy", "--seeds", "1", "1"], "--seeds takes different numbers"),
+        (["claim", "natra"], "natra has no recipe yet"),
+        (["convert", "x.pth"], "--system"),
+        (["convert", "x.pth", "--system", "toy"], "there is no file x.pth"),
+        (["completion", "tcsh"], "tcsh"),
+    ],
+)
+def test_every_command_explains_its_misuse(call: Call, toy: Path, command: list[str], said: str) -> None:
+    code, _, err = call(*command)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_package_of_an_extra_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["torch>=2.9", "faster-coco-eval>=1.6; extra == 'detection'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    assert cli._missing_package("faster_coco_eval").endswith('pip install "isthmus[detection]".')
+    assert cli._missing_package("torch").endswith("pip install torch.")
+
+
+def test_help_shows_examples_for_every_command(call: Call) -> None:
+    code, out, _ = call()
+    assert code == 0
+    for command in ("list", "show", "run", "claim", "apply", "report", "convert", "completion"):
+        assert command in out
+        code, text, _ = call(command, "--help")
+        assert code == 0
+        assert f"isthmus {command}" in text.partition("examples")[2]
+
+
+def wait_for(path: Path, text: str, seconds: float = 60) -> None:
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        if path.is_file() and text in path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{text!r} did not appear in {path}")
+
+
+def test_ctrl_c_leaves_a_resumable_run_and_says_how(toy: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom isthmus import catalog, cli, recipes\n"
+        "from isthmus.catalog import System\n"
+        "catalog.RECIPES = Path('recipes')\nrecipes.__path__ = ['recipes']\n"
+        "catalog.systems = lambda: (System(99, 'toy', 'Toy', 'Nobody', 2000, 'lens', 'It.'),)\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    flags = ["--mode", "sleep", "--out", "runs/toy", "--accelerator", "cpu", "--no-tensorboard"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "run", "toy", *flags], stderr=subprocess.PIPE, text=True, env=environ
+    )
+    wait_for(toy / "runs/toy/log.txt", "sleeping")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "isthmus run toy --resume --out runs/toy" in err
+    assert "Traceback" not in err
+    assert json.loads((toy / "runs/toy/report.json").read_text())["status"] == "interrupted"
+
+
+# ----------------------------------------------------------------------------------------------------------- claims
+
+
+@pytest.fixture
+def seeds_in_process(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let ``claim`` run its seeds in this process, and note which it ran."""
+    launched: list[int] = []
+
+    def launcher(threads: int | None, accelerator: str | None) -> claiming.Launch:
+        def launch(system: System, seed: int, folder: Path) -> int:
+            launched.append(seed)
+            return cli.main(["run", system.name, "--seed", str(seed), "--out", str(folder), "--resume", *QUIET])
+
+        return launch
+
+    monkeypatch.setattr(claiming, "_launcher", launcher)
+    return launched
+
+
+def test_claim_judges_over_seeds_records_and_reuses(call: Call, toy: Path, seeds_in_process: list[int]) -> None:
+    code, out, _ = call("claim", "toy", "--seeds", 0, 1, 2)
+    assert code == 0
+    assert "✓ holds" in out
+    assert "6 ± 1" in out
+    record = json.loads((toy / "results/claims/toy.json").read_text())
+    assert record["format"] == "isthmus-claims"
+    assert record["seeds"] == [0, 1, 2]
+    assert record["verdicts"][0]["values"] == {"0": 5.0, "1": 6.0, "2": 7.0}
+    assert record["verdicts"][0]["holds"] is True
+    assert record["metrics"]["gain"] == {
+        "values": {"0": 5.0, "1": 6.0, "2": 7.0},
+        "mean": 6.0,
+        "spread": 1.0,
+        "unit": "points",
+        "published": "about 5",
+    }
+    assert {"hardware", "versions", "commit", "config", "date", "seconds"} <= record.keys()
+    assert seeds_in_process == [0, 1, 2]
+    assert call("claim", "toy", "--seeds", 0, 1, 2, 3)[0] == 0
+    assert seeds_in_process == [0, 1, 2, 3]
+    _, out, _ = call("list", "--json")
+    claims = json.loads(out)[-1]["claims"]
+    assert (claims[0]["holds"], claims[0]["measured"]) == (True, 6.5)
+    assert "✓" in call("show", "toy")[1]
+
+
+def test_a_verdict_that_differs_from_the_record_is_told_and_fails(
+    call: Call, toy: Path, seeds_in_process: list[int]
+) -> None:
+    call("claim", "toy", "--seeds", 0)
+    recipe = toy / "recipes/toy.py"
+    recipe.write_text(recipe.read_text().replace("gain: float = 5.0", "gain: float = 1.0"))
+    shutil.rmtree(toy / "recipes/__pycache__", ignore_errors=True)
+    sys.modules.pop("isthmus.recipes.toy")
+    code, out, _ = call("claim", "toy", "--seeds", 0)
+    assert seeds_in_process == [0, 0], "changed settings are measured anew"
+    assert code == 1
+    assert "recorded holds, now does not hold" in out
+    assert call("claim", "toy", "--seeds", 0)[0] == 0, "the new verdict is the recorded one now"
+
+
+def test_a_failed_or_silent_seed_gives_no_verdict(call: Call, toy: Path, seeds_in_process: list[int]) -> None:
+    recipe = toy / "recipes/toy.py"
+    text = recipe.read_text()
+    for mode, said in (("bug", "ended with exit code 1"), ("silent", "recorded no metric 'gain' with seed 0")):
+        recipe.write_text(text.replace('] = "plain"', f'] = "{mode}"'))
+        shutil.rmtree(toy / "recipes/__pycache__", ignore_errors=True)
+        sys.modules.pop("isthmus.recipes.toy", None)
+        code, _, err = call("claim", "toy", "--seeds", 0)
+        assert code == 1
+        assert said in err
+        assert not (toy / "results").exists()
+
+
+def test_claim_all_measures_every_ready_system(call: Call, toy: Path, seeds_in_process: list[int]) -> None:
+    code, out, _ = call("claim", "--all", "--seeds", 4, "--json")
+    assert code == 0
+    assert [record["system"] for record in json.loads(out[out.index("[\n") :])] == ["toy"]
+
+
+# ------------------------------------------------------------------------------------------ apply, report, convert
+
+
+def test_apply_takes_files_and_folders_and_prints_what_it_wrote(call: Call, toy: Path) -> None:
+    toy_run(call)
+    (toy / "in").mkdir()
+    for name in ("b.txt", "a.txt", ".hidden"):
+        (toy / "in" / name).write_text(name)
+    (toy / "one.txt").write_text("one")
+    code, out, _ = call("apply", "runs/toy", "one.txt", "in")
+    assert code == 0
+    assert out.split() == [f"runs/toy/applied/{name}" for name in ("one.txt", "a.txt", "b.txt")]
+    assert (toy / "runs/toy/applied/one.txt").read_text() == "onew"
+    _, out, _ = call("apply", "runs/toy", "one.txt", "--out", "there", "--json")
+    assert json.loads(out) == ["there/one.txt"]
+    code, _, err = call("apply", "runs/toy", "gone.txt")
+    assert (code, err) == (2, "isthmus: there is no file gone.txt.\n")
+    (toy / "runs/toy/finished.json").unlink()
+    code, _, err = call("apply", "runs/toy", "one.txt")
+    assert code == 2
+    assert "isthmus run toy --resume --out runs/toy" in err
+
+
+def test_report_finds_runs_and_writes_one_page(call: Call, toy: Path) -> None:
+    toy_run(call, "runs/one")
+    toy_run(call, "runs/two", "--seed", 1)
+    code, out, _ = call("report", "runs/one", "--out", "pages/one.html")
+    assert (code, out) == (0, "pages/one.html\n")
+    assert call("report", "runs/one")[1] == "runs/one/report.html\n"
+    code, out, _ = call("report")
+    assert (code, out) == (0, "report.html\n")
+    text = (toy / "report.html").read_text()
+    assert "one" in text
+    assert "two" in text
+    assert text.count("<article") == 1
+
+
+def test_convert_passes_the_recipes_own_options(call: Call, toy: Path) -> None:
+    (toy / "official.pth").write_text("abcd")
+    assert call("convert", "official.pth", "--system", "toy")[1] == "official.safetensors\n"
+    assert (toy / "official.safetensors").read_text() == "abcd"
+    code, out, _ = call("convert", "official.pth", "--system", "toy", "--out", "x", "--half", "--prefix", "p")
+    assert (code, out, (toy / "x").read_text()) == (0, "x\n", "pab")
+    code, _, err = call("convert", "official.pth", "--system", "toy", "--hlaf")
+    assert code == 2
+    assert "nearest: --half" in err
+    code, out, _ = call("convert", "official.pth", "--system", "toy", "--help")
+    assert code == 0
+    assert "--prefix" in out
+    code, _, err = call("convert", "official.pth", "--system", "toy", "--out", "official.pth")
+    assert code == 2
+    assert "would overwrite" in err
+
+
+# ------------------------------------------------------------------------------------------------------- completion
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([""], {"list", "run", "completion"}),
+        (["sh"], {"show"}),
+        (["run", ""], {"toy"}),
+        (["show", "spar"], {"spark"}),
+        (["run", "toy", "--ga"], {"--gain"}),
+        (["run", "toy", "--de"], {"--devices", "--deterministic"}),
+        (["run", "toy", "--mode", "s"], {"sleep", "silent"}),
+        (["run", "toy", "--data", "fo"], {"folder:"}),
+        (["run", "toy", "--scale", ""], {"laptop", "paper"}),
+        (["list", "--part", "enc"], {"encoder"}),
+        (["list", "--js"], {"--json"}),
+        (["convert", "x.pth", "--system", ""], {"toy"}),
+        (["apply", "runs"], set()),
+        (["nonsense", "x"], set()),
+    ],
+)
+def test_words_complete_from_the_catalog_and_the_recipes(toy: Path, words: list[str], expected: set[str]) -> None:
+    found = {text for text, _ in candidates(words)}
+    assert expected <= found
+    assert expected or not found
+    assert all(text.startswith(words[-1]) for text in found)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_is_sound(call: Call, shell: str, tmp_path: Path) -> None:
+    code, out, _ = call("completion", shell)
+    assert code == 0
+    assert "__complete" in out
+    if shutil.which(shell):
+        script = tmp_path / "script"
+        script.write_text(out)
+        subprocess.run([shell, "-n", str(script)], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_a_name_through_the_script(call: Call, tmp_path: Path) -> None:
+    _, out, _ = call("completion", "bash")
+    (tmp_path / "isthmus").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m isthmus.cli "$@"\n')
+    (tmp_path / "isthmus").chmod(0o755)
+    line = "COMP_WORDS=(isthmus show spar); COMP_CWORD=2; _isthmus; printf '%s\\n' \"${COMPREPLY[@]}\""
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", f"{out}\n{line}"], capture_output=True, text=True, check=True, env=environ)
+    assert done.stdout.split() == ["spark"]
