@@ -97,9 +97,9 @@ def conv2d(
     if not isinstance(x, SparseTensor) or x.axes != NCHW or x.values.dim() != 4:
         raise no_form(function, x)
     if x.tiled:
-        from .tiles import tiled_conv2d
+        from .tiled import tiled_conv2d
 
-        result = tiled_conv2d(x, weight, bias, stride, padding, dilation, groups)
+        result = tiled_conv2d(x, weight, bias, pair(stride), padding, pair(dilation), groups)
         if result is not None:
             return result
     canvas = F.conv2d(padded_canvas(x), weight, bias, stride, padding, dilation, groups)
@@ -121,7 +121,7 @@ def max_pool2d(
     if x.axes != NCHW or return_indices:
         raise no_form(function, x)
     if x.tiled:
-        from .tiles import tiled_pool2d
+        from .tiled import tiled_pool2d
 
         result = tiled_pool2d(
             "max", x, pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation), ceil_mode
@@ -147,7 +147,7 @@ def avg_pool2d(
     if x.axes != NCHW:
         raise no_form(function, x)
     if x.tiled and divisor_override is None:
-        from .tiles import tiled_pool2d
+        from .tiled import tiled_pool2d
 
         result = tiled_pool2d(
             "avg",

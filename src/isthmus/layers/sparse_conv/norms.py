@@ -82,10 +82,12 @@ def normalise_rows(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Batch norm of rows ``(M, C)``, laid out as a channels-last picture of M x 1 pixels, torch's fastest form."""
-    picture = rows.t()[None, :, :, None]
-    picture = F.batch_norm(picture, running_mean, running_var, weight, bias, training, momentum, eps)
-    return picture[0, :, :, 0].t()
+    """Batch norm of rows ``(M, C)`` as M pictures of one pixel, torch's fastest form.
+
+    Not as one picture of M pixels: torch's CPU gradient is wrong for a channels-last batch of one.
+    """
+    pictures = rows[:, :, None, None]
+    return F.batch_norm(pictures, running_mean, running_var, weight, bias, training, momentum, eps)[:, :, 0, 0]
 
 
 def _world() -> int:
