@@ -1,0 +1,70 @@
+"""Drawn scenes in three layers kept apart: factors, picture, words.
+
+A scene is plain data (:class:`Scene`, :class:`Thing`): shapes, colours, sizes, places, depth, textures, light.
+:func:`sample` draws scenes by a rule from a :class:`Space`, :func:`render` makes pictures, masks, boxes and depth at
+any size, :func:`caption`, :func:`refer` and :func:`question` put them into words, :func:`clip` lets them move. Same
+seed, same bits, on every machine. :func:`load` is what ``data.load("scenes")`` calls.
+
+    >>> scenes = sample(16, "uniform", torch.Generator().manual_seed(0))
+    >>> picture = render(scenes, 64)["image"]
+    >>> caption(scenes[0])
+"""
+
+from isthmus.data.scenes.clips import MOTIONS, Clip, Motion, clip, describe, draw_motions, move
+from isthmus.data.scenes.dataset import Scenes, load
+from isthmus.data.scenes.factors import (
+    CANVAS,
+    COLOURS,
+    GROUNDS,
+    SHAPES,
+    TEXTURES,
+    Scene,
+    Table,
+    Thing,
+    decode,
+    encode,
+    without_texture,
+)
+from isthmus.data.scenes.render import paint, render
+from isthmus.data.scenes.sampling import RULES, Bias, Draw, Pairing, Space, sample
+from isthmus.data.scenes.words import QUESTIONS, WORDS, Question, caption, question, refer, relate, size_word, split
+
+__all__ = [
+    "CANVAS",
+    "COLOURS",
+    "GROUNDS",
+    "MOTIONS",
+    "QUESTIONS",
+    "RULES",
+    "SHAPES",
+    "TEXTURES",
+    "WORDS",
+    "Bias",
+    "Clip",
+    "Draw",
+    "Motion",
+    "Pairing",
+    "Question",
+    "Scene",
+    "Scenes",
+    "Space",
+    "Table",
+    "Thing",
+    "caption",
+    "clip",
+    "decode",
+    "describe",
+    "draw_motions",
+    "encode",
+    "load",
+    "move",
+    "paint",
+    "question",
+    "refer",
+    "relate",
+    "render",
+    "sample",
+    "size_word",
+    "split",
+    "without_texture",
+]
