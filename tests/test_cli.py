@@ -358,7 +358,7 @@ def test_help_shows_examples_for_every_command(call: Call) -> None:
         assert f"isthmus {command}" in text.partition("examples")[2]
 
 
-def wait_for(path: Path, text: str, seconds: float = 60) -> None:
+def wait_for(path: Path, text: str, seconds: float = 150) -> None:
     begun = time.monotonic()
     while time.monotonic() - begun < seconds:
         if path.is_file() and text in path.read_text():
@@ -382,7 +382,7 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how(toy: Path) -> None:
     )
     wait_for(toy / "runs/toy/log.txt", "sleeping")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=150)
     assert process.returncode == 130
     assert "isthmus run toy --resume --out runs/toy" in err
     assert "Traceback" not in err
