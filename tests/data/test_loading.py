@@ -99,7 +99,6 @@ def test_workers_change_nothing_and_report_what_they_skipped(mixed):
     transform = Compose([RandomResizedCrop(32), Flip()])
     alone = take(data.batches(mixed, 8, seed=2, transform=transform), 4)
     mixed.skipped.clear()
-    mixed._bad.clear()
     with warnings.catch_warnings():
         # Python 3.12 warns of every fork in a process with threads; torch's DataLoader forks.
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)

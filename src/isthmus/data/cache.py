@@ -13,6 +13,7 @@ from isthmus.data.dataset import Dataset, Memory, Unreadable
 
 _MOST_PIXELS = 96 * 96  # above this decoding in workers keeps up with training, and memory would fill
 _MOST_BYTES = 1024 * 2**20
+_CHUNK = 1024
 
 
 def keep_small(dataset: Dataset) -> Dataset:
@@ -28,39 +29,34 @@ def keep_small(dataset: Dataset) -> Dataset:
     image = first.get("image")
     if not isinstance(image, Tensor) or image[0].numel() > _MOST_PIXELS or len(dataset) * image.numel() > _MOST_BYTES:
         return dataset
-    threads = ThreadPoolExecutor(min(8, cpu_count() or 1))
-    step = 1024
-    columns: dict[str, list[Any]] = {key: [] for key in first if key != "index"}
-    store = torch.zeros((len(dataset), *image.shape), dtype=torch.uint8)
+    store = torch.empty((len(dataset), *image.shape), dtype=torch.uint8)
+    columns: dict[str, list[Any]] = {key: [] for key in first if key not in ("index", "image")}
     bad: dict[int, tuple[str, str]] = {}
+    blank = {key: torch.zeros_like(value) if isinstance(value, Tensor) else value for key, value in first.items()}
 
-    def read_chunk(start: int) -> list[dict[str, Any] | Unreadable]:
-        return [_read(dataset, i) for i in range(start, min(start + step, len(dataset)))]
+    def read(start: int) -> list[dict[str, Any] | Unreadable] | None:
+        """Read a chunk and store its images; ``None`` where one has another size."""
+        chunk = dataset.read_many(range(start, min(start + _CHUNK, len(dataset))))
+        images = [blank["image"] if isinstance(sample, Unreadable) else sample["image"] for sample in chunk]
+        if any(each.shape != image.shape for each in images):
+            return None
+        store[start : start + len(chunk)] = torch.stack(images)
+        return [s if isinstance(s, Unreadable) else {key: s[key] for key in columns} for s in chunk]
 
-    with threads:
-        for start, chunk in zip(
-            range(0, len(dataset), step), threads.map(read_chunk, range(0, len(dataset), step)), strict=True
-        ):
-            for number, sample in enumerate(chunk, start):
+    with ThreadPoolExecutor(min(8, cpu_count() or 1)) as threads:
+        for start, chunk in enumerate(threads.map(read, range(0, len(dataset), _CHUNK))):
+            if chunk is None:
+                threads.shutdown(cancel_futures=True)
+                return dataset
+            for number, sample in enumerate(chunk, start * _CHUNK):
                 if isinstance(sample, Unreadable):
                     bad[number] = (dataset.identify(number), str(sample))
-                    sample = {key: torch.zeros_like(v) if isinstance(v, Tensor) else v for key, v in first.items()}
-                if sample["image"].shape != image.shape:
-                    threads.shutdown(cancel_futures=True)
-                    return dataset
-                store[number] = sample["image"]
+                    sample = blank
                 for key, values in columns.items():
                     values.append(sample[key])
-    data: dict[str, Any] = {key: _stacked(values) for key, values in columns.items() if key != "image"}
-    data["image"] = store
-    return Memory(dataset.name, {key: data[key] for key in columns}, dataset.columns, dataset.classes, bad)
-
-
-def _read(dataset: Dataset, index: int) -> dict[str, Any] | Unreadable:
-    try:
-        return dataset.read(index)
-    except Unreadable as error:
-        return error
+    data: dict[str, Any] = {"image": store, **{key: _stacked(values) for key, values in columns.items()}}
+    ordered = {key: data[key] for key in first if key in data}
+    return Memory(dataset.name, ordered, dataset.columns, dataset.classes, bad)
 
 
 def _stacked(values: list[Any]) -> Tensor | list[Any]:

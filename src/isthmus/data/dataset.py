@@ -53,7 +53,6 @@ class Dataset:
         self.image_size = image_size
         self.in_memory = in_memory
         self.skipped: list[tuple[str, str]] = []
-        self._bad: set[int] = set()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -66,18 +65,32 @@ class Dataset:
         """
         raise NotImplementedError
 
+    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
+        """Several samples, the error in the place of a damaged one; overridden where that is faster than one by one."""
+        samples: list[dict[str, Any] | Unreadable] = []
+        for index in indices:
+            try:
+                samples.append(self.read(index))
+            except Unreadable as error:
+                samples.append(error)
+        return samples
+
     def identify(self, index: int) -> str:
         """What a person calls sample ``index``: its file or row."""
         return f"sample {index}"
 
+    def number(self, index: int) -> int:
+        """The number in the source of sample ``index``; they differ in a subset."""
+        return index
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
-        return self._replaced(index % len(self))
+        return self.samples([index % len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The samples of several numbers (what ``torch.utils.data.DataLoader`` calls)."""
-        return [self[int(i)] for i in indices]
+        return self.samples(indices)
 
     def fetch(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> dict[str, Any]:
         """The samples of several numbers as one batch, see :func:`collate`.
@@ -90,31 +103,33 @@ class Dataset:
 
     def samples(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> list[dict[str, Any]]:
         """The samples of several numbers as a list; ``replace`` as in :meth:`fetch`."""
-        if replace:
-            return self.__getitems__([int(i) for i in indices])
-        read = ((int(i), self._readable(int(i))) for i in indices)
-        return [{**sample, "index": torch.tensor(i)} for i, sample in read if sample is not None]
+        numbers, samples = [int(i) for i in indices], []
+        for index, sample in zip(numbers, self.read_many(numbers), strict=True):
+            if isinstance(sample, Unreadable):
+                self._skip(index, sample)
+                if not replace:
+                    continue
+                index, sample = self._next(index)
+            samples.append({**sample, "index": torch.tensor(self.number(index))})
+        return samples
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Subset:
         """A view of some samples, in the order given; ``index`` still tells their number in the whole."""
         return Subset(self, indices)
 
-    def _readable(self, index: int) -> dict[str, Any] | None:
-        if index in self._bad:
-            return None
-        try:
-            return self.read(index)
-        except Unreadable as error:
-            self._bad.add(index)
-            self.skipped.append((self.identify(index), str(error)))
-            return None
+    def _skip(self, index: int, error: Unreadable) -> None:
+        entry = (self.identify(index), str(error))
+        if entry not in self.skipped:
+            self.skipped.append(entry)
 
-    def _replaced(self, index: int) -> dict[str, Any]:
-        for step in range(len(self)):
+    def _next(self, index: int) -> tuple[int, dict[str, Any]]:
+        """The readable sample that follows ``index``, starting again at the end."""
+        for step in range(1, len(self)):
             number = (index + step) % len(self)
-            sample = self._readable(number)
-            if sample is not None:
-                return {**sample, "index": torch.tensor(number)}
+            sample = self.read_many([number])[0]
+            if not isinstance(sample, Unreadable):
+                return number, sample
+            self._skip(number, sample)
         first, reason = self.skipped[0]
         raise UserError(
             f"{self.name}: none of its {len(self)} samples can be read ({first}: {reason}); give one whose files open."
@@ -122,7 +137,7 @@ class Dataset:
 
 
 class Subset(Dataset):
-    """Some samples of a dataset, see :meth:`Dataset.select`."""
+    """Some samples of a dataset, see :meth:`Dataset.select`. Replacements, too, come from these samples only."""
 
     def __init__(self, dataset: Dataset, indices: Sequence[int] | np.ndarray) -> None:
         super().__init__(dataset.name, dataset.columns, dataset.classes, dataset.image_size, dataset.in_memory)
@@ -138,29 +153,19 @@ class Subset(Dataset):
     def read(self, index: int) -> dict[str, Any]:
         return self.dataset.read(int(self.indices[index]))
 
+    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
+        return self.dataset.read_many(self.indices[list(indices)].tolist())
+
     def identify(self, index: int) -> str:
         return self.dataset.identify(int(self.indices[index]))
 
-    def _replaced(self, index: int) -> dict[str, Any]:
-        for step in range(len(self)):  # the next readable one of the subset, so that test samples never enter training
-            number = int(self.indices[(index + step) % len(self)])
-            sample = self.dataset._readable(number)
-            if sample is not None:
-                return {**sample, "index": torch.tensor(number)}
-        return super()._replaced(index)
-
-    def _readable(self, index: int) -> dict[str, Any] | None:
-        return self.dataset._readable(int(self.indices[index]))
-
-    def samples(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> list[dict[str, Any]]:
-        if self.in_memory and not self.dataset._bad:
-            return self.dataset.samples(self.indices[np.asarray(indices)], replace)
-        samples = super().samples(indices, replace)
-        return samples if replace else [{**s, "index": torch.tensor(int(self.indices[s["index"]]))} for s in samples]
+    def number(self, index: int) -> int:
+        return self.dataset.number(int(self.indices[index]))
 
     def fetch(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> dict[str, Any]:
-        if self.in_memory and not self.dataset._bad:
-            return self.dataset.fetch(self.indices[np.asarray(indices)], replace)
+        chosen = self.indices[np.asarray(indices, dtype=np.int64)]
+        if isinstance(self.dataset, Memory) and self.dataset.bad.keys().isdisjoint(chosen.tolist()):
+            return self.dataset.fetch(chosen)
         return super().fetch(indices, replace)
 
 
@@ -191,21 +196,27 @@ class Memory(Dataset):
             raise ValueError(f"columns must have one length, got {lengths}")
         self.data = dict(data)
         self._length = next(iter(lengths.values()))
-        self._bad = set(bad or {})
-        self.skipped = list((bad or {}).values())
+        self.bad = dict(bad or {})
+        self.skipped = list(self.bad.values())
 
     def __len__(self) -> int:
         return self._length
 
     def read(self, index: int) -> dict[str, Any]:
+        if index in self.bad:
+            raise Unreadable(self.bad[index][1])
         return {key: values[index] for key, values in self.data.items()}
 
+    def identify(self, index: int) -> str:
+        return self.bad[index][0] if index in self.bad else super().identify(index)
+
     def fetch(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> dict[str, Any]:
-        if self._bad:
+        numbers = np.asarray(indices, dtype=np.int64)
+        if self.bad and not self.bad.keys().isdisjoint(numbers.tolist()):
             return super().fetch(indices, replace)
-        chosen = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+        chosen = torch.as_tensor(numbers)
         batch: dict[str, Any] = {
-            key: values[chosen] if isinstance(values, Tensor) else [values[i] for i in chosen.tolist()]
+            key: values[chosen] if isinstance(values, Tensor) else [values[i] for i in numbers.tolist()]
             for key, values in self.data.items()
         }
         return {**batch, "index": chosen}

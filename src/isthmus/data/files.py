@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from isthmus.codec import UserError
 from isthmus.data.cache import keep_small
 from isthmus.data.dataset import Dataset, pick_needs
 from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.hashing import fraction
 from isthmus.data.splits import divide, part_of, spaced
 
 
@@ -21,6 +23,7 @@ class _File(NamedTuple):
     name: str  # relative to the folder, with forward slashes
     key: str  # the same without the split's folder: what the hash split sees
     label: str | None
+    part: str | None
 
 
 class Folder(Dataset):
@@ -70,7 +73,7 @@ def load(
     if not root.is_dir():
         raise UserError(_no_folder(name, root))
     parts = {child.name: part for child in sorted(root.iterdir()) if child.is_dir() and (part := part_of(child.name))}
-    found: dict[str | None, list[_File]] = {}
+    files: list[_File] = []
     others: list[str] = []
     for file in _walk(root):
         relative = file.relative_to(root)
@@ -80,21 +83,20 @@ def load(
         part = parts.get(relative.parts[0]) if len(relative.parts) > 1 else None
         inner = relative.parts[1:] if part else relative.parts
         label = inner[0] if len(inner) > 1 else None
-        found.setdefault(part, []).append(_File(file, relative.as_posix(), "/".join(inner), label))
-    files = [each for group in found.values() for each in group]
+        files.append(_File(file, relative.as_posix(), "/".join(inner), label, part))
     if not files:
         told = f"; it has {len(others)} other files, such as {others[0]}" if others else "; it is empty"
         raise UserError(f"{root} holds no image (looked for {', '.join(IMAGE_SUFFIXES)}){told}.")
     labelled = all(each.label is not None for each in files)
     classes = sorted({each.label for each in files if each.label is not None}) if labelled else None
     columns = ("image", "label") if labelled else ("image",)
-    chosen = divide(found, split, key=lambda each: each.key)
-    if not chosen:
+    numbers = divide([each.part for each in files], split, np.array([fraction(each.key) for each in files]))
+    if not len(numbers):
         raise UserError(
             f"{root} has {len(files)} images but none for the split {split!r}; add images or a {split} folder."
         )
     wanted = pick_needs(name, needs, columns)
-    chosen = [chosen[i] for i in spaced(len(chosen), limit)]
+    chosen = [files[i] for i in numbers[spaced(len(numbers), limit)]]
     return keep_small(Folder(name, columns, wanted, chosen, classes))
 
 

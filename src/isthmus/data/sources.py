@@ -58,7 +58,7 @@ _SOURCES = {
         ),
         Source(
             "hub",
-            "isthmus.data.tables",
+            "isthmus.data.hub",
             "repo",
             "a data set of the Hugging Face hub: hub:NAME?config=…",
             True,

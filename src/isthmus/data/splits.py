@@ -7,13 +7,13 @@ part is pooled and carved 80/10/10. ``train+val`` joins parts and ``all`` takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from isthmus.codec import UserError
-from isthmus.data.hashing import fraction
+from isthmus.data.hashing import words
+from isthmus.layers.random import derive_seed
 
 PARTS = ("train", "val", "test")
 _ALIASES = {
@@ -22,8 +22,6 @@ _ALIASES = {
     "test": ("test", "testing"),
 }
 _HELD_OUT = 0.1
-
-T = TypeVar("T")
 
 
 def spaced(size: int, limit: int | None) -> np.ndarray:
@@ -52,26 +50,27 @@ def part_of(word: str) -> str | None:
     return next((part for part, names in _ALIASES.items() if word.lower() in names), None)
 
 
-def divide(found: Mapping[str | None, Sequence[T]], split: str, key: Callable[[T], str]) -> list[T]:
-    """The samples of ``split``, in their order, by the rule at the top of this file.
+def divide(parts: Sequence[str | None], split: str, fractions: np.ndarray) -> np.ndarray:
+    """The numbers of the samples of ``split``, int64, ascending within each part, by the rule at the top of this file.
 
     Args:
-        found: part (``None`` where the source does not say) → its samples.
+        parts: of every sample, ``None`` where the source does not say.
         split: parts joined by ``+``, or ``all``, as :func:`check_split` accepts.
-        key: sample → the name that is hashed.
+        fractions: of every sample, a number in [0, 1) that depends on its name only.
     """
     wanted = check_split("the source", split)
-    pooled = [sample for part in (*PARTS, None) for sample in found.get(part, ())]
     if wanted == ["all"]:
-        return pooled
-    own = {part: list(found.get(part, ())) for part in PARTS}
-    rest = own["train"] + list(found.get(None, ()))
-    if not rest:
-        own, rest = {part: [] for part in PARTS}, pooled
-    lacking = [part for part in ("val", "test") if not own[part]]
-    carved: dict[str, list[T]] = {part: [] for part in PARTS}
-    for sample in rest:
-        slot = int(fraction(key(sample)) / _HELD_OUT)
-        carved[lacking[slot] if slot < len(lacking) else "train"].append(sample)
-    parts = {part: carved[part] if part == "train" or part in lacking else own[part] for part in PARTS}
-    return [sample for part in PARTS if part in wanted for sample in parts[part]]
+        return np.arange(len(parts))
+    named = np.array([part or "train" for part in parts], dtype="<U5")
+    if "train" not in named:
+        named[:] = "train"
+    lacking = [part for part in ("val", "test") if part not in named]
+    carved = named.copy()
+    for slot, part in enumerate(lacking):
+        carved[(named == "train") & (fractions >= slot * _HELD_OUT) & (fractions < (slot + 1) * _HELD_OUT)] = part
+    return np.concatenate([np.flatnonzero(carved == part) for part in PARTS if part in wanted])
+
+
+def row_fractions(name: str, count: int) -> np.ndarray:
+    """Fractions of rows 0 to ``count`` − 1 of a table that is called ``name``, float64."""
+    return (words(derive_seed("rows", name), np.arange(count), 1)[:, 0] >> np.uint64(11)) * 2.0**-53
