@@ -23,7 +23,7 @@ from isthmus.layers.random import rows
 
 
 class Denoise(nn.Module):
-    """Restore pictures from noise; draws from the generator, from the global state (dropout) and keeps running means."""
+    """Restore pictures from noise; draws from the generator and the global state (dropout), keeps running means."""
 
     def __init__(self, norm: str = "batch", dropout: float = 0.1) -> None:
         super().__init__()

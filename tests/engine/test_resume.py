@@ -192,7 +192,10 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
 
 def test_other_settings_are_not_resumed(tmp_path: Path) -> None:
     _stopped(tmp_path)
-    with Run.quick(tmp_path, resume=True) as run, pytest.raises(UserError, match="made with lr 0.01, now it is 0.02"):
+    with (
+        Run.quick(tmp_path, resume=True) as run,
+        pytest.raises(UserError, match=r"with lr 0\.01, now it is 0\.02"),
+    ):
         fit(run, "train", jobs.Denoise(), jobs.pictures(), Training(steps=12, batch_size=16, lr=0.02))
     with Run.quick(tmp_path, resume=True) as run, pytest.raises(UserError, match="does not fit this objective"):
         fit(run, "train", jobs.Denoise("group"), jobs.pictures(), Training(steps=12, batch_size=16, lr=0.01))
@@ -227,7 +230,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_resumable_run(
     written = 0
 
     class Full(checkpoint._Hashing):
-        """Stands for a disk that is full in the middle of the third checkpoint."""
+        """Stands for a disk that is full in the middle of a checkpoint."""
 
         def write(self, data: Any) -> int:
             nonlocal written

@@ -95,10 +95,11 @@ def fit(
     stream = batches(start, run.rank, run.world) if batches else _load(run, phase, dataset, training, start, transform)
     clock = Clock(run.options.save_every, run.options.save_seconds)
     finite = Finite(lag=run.fabric.device.type != "cpu", scaled=learner.scaler is not None)
-    scalars = Scalars(run.dir, phase, curves, write=run.is_first, tensorboard=run.options.tensorboard)
-    with Signals() as signals, Bar(run, phase, start, steps, training.batch_size) as bar:
+    logs = Scalars(run.dir, phase, curves, write=run.is_first, tensorboard=run.options.tensorboard)
+    with Signals() as signals, logs as scalars, Bar(run, phase, start, steps, training.batch_size) as bar:
         for step in range(start, steps):
-            batch = next(stream)
+            if (batch := next(stream, None)) is None:
+                raise UserError(f"the data ended after {step} of {steps} steps; it must go on without end.")
             run.seed_everything(phase, "step", step, run.rank)
             lr, weight_decay = schedule.at(step)
             learner.set_rates(lr, weight_decay)
@@ -125,7 +126,6 @@ def fit(
                 run.log(f"{phase}: stopped after step {done} of {steps}.")
                 raise Interrupted
     finite.judge(files.newest)
-    scalars.close()
     if (close := getattr(stream, "close", None)) is not None:
         close()
     result = {"identity": identity, "curves": curves, "model": learner.model_state(), "ema": learner.ema_state()}

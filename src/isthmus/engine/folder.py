@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -133,9 +134,14 @@ class Lock:
         except OSError:
             return  # a file system without locks
         self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        try:
+            self._file.write(str(os.getpid()))
+            self._file.flush()
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let the next process in."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk left in the buffer
+            self._file.close()

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from isthmus.codec import UserError
 
+PATIENCE = 100
+"""Steps in a row that the scaler may skip; it halves its scale every time, so that more cannot help."""
+
 
 class Interrupted(SystemExit):
     """A phase stopped on request, after a checkpoint; the process ends with exit code 130."""
@@ -36,6 +39,7 @@ class Finite:
     def __init__(self, lag: bool, scaled: bool) -> None:
         self.lag, self.scaled = lag, scaled
         self._open: tuple[int, Any, Tensor, Tensor] | None = None
+        self._skipped = 0
 
     def watch(self, step: int, index: Any, loss: Tensor, norm: Tensor, good: Path | None) -> None:
         """Note a step, and judge the one before it (or, without lag, itself).
@@ -55,9 +59,13 @@ class Finite:
             return
         step, index, loss, norm = self._open
         self._open = None
-        if torch.isfinite(loss) and (self.scaled or torch.isfinite(norm)):
+        finite_loss, finite_norm = bool(torch.isfinite(loss)), bool(torch.isfinite(norm))
+        self._skipped = 0 if finite_norm else self._skipped + 1
+        if self._skipped == PATIENCE:
+            raise Diverged(f"gradients overflowed in {PATIENCE} steps in a row; use bf16-mixed or 32-true.")
+        if finite_loss and (self.scaled or finite_norm):
             return
-        what = f"the loss is {loss.item()}" if not torch.isfinite(loss) else f"the gradient norm is {norm.item()}"
+        what = f"the loss is {loss.item()}" if not finite_loss else f"the gradient norm is {norm.item()}"
         ids = index.flatten().tolist() if isinstance(index, Tensor) else []
         some = f" (samples {', '.join(map(str, ids[:8]))}{', …' if len(ids) > 8 else ''})" if ids else ""
         kept = f"the last good checkpoint is {good}" if good is not None else "there is no checkpoint yet"

@@ -44,6 +44,8 @@ class Learner:
             raise UserError(f"{type(objective).__name__} has no parameters to train; unfreeze some.")
         self._taught = {id(p): p for turn in self.turns for p in turn.parameters}
         objective.to(run.fabric.device)
+        if run.world > 1 and run.fabric.device.type == "cpu" and _plain_batch_norms(objective):
+            run.log("Batch norm is synchronised on GPUs only; here every process normalises its own share of a batch.")
         self._synced = _synchronise_batch_norm(objective) if run.world > 1 and run.fabric.device.type == "cuda" else []
         self.ema = ModelEmaV3(objective, decay=training.ema) if training.ema is not None else None
         if training.compile:
@@ -200,10 +202,16 @@ def _synchronise_batch_norm(model: nn.Module) -> list[tuple[nn.Module, str, nn.M
 
     Subclasses with a meaning of their own (norms over visible pixels) are left to themselves.
     """
-    from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+    from timm.layers import convert_sync_batchnorm
 
-    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
-    found = [(m, n, child) for m in model.modules() for n, child in m.named_children() if type(child) in plain]
+    found = _plain_batch_norms(model)
     for parent, name, child in found:
         setattr(parent, name, convert_sync_batchnorm(child))
     return found
+
+
+def _plain_batch_norms(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    from timm.layers import BatchNormAct2d
+
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
+    return [(m, n, child) for m in model.modules() for n, child in m.named_children() if type(child) in plain]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -78,18 +79,13 @@ class Run:
         self.dir, self.resumed = self._open()
         self.phases: list[str] = []
         self._began = time.monotonic()
-        self._record = Record(
-            self.dir,
-            name,
-            seed=self.seed,
-            scale=scale,
-            config=config,
-            options=self.options,
-            claims=claims,
-            command=command,
-            resume=self.resumed,
-            write=self.is_first,
-        )
+        known = {"seed": self.seed, "scale": scale, "config": config, "options": self.options, "command": command}
+        try:
+            record = functools.partial(Record, self.dir, name, **known, claims=claims)
+            self._record = self._guard(record, resume=self.resumed, write=self.is_first)
+        except UserError:
+            self.close()
+            raise
         self.seed_everything("start")
         if self.resumed:
             self.log(f"Going on with {self.dir}.")
@@ -112,8 +108,7 @@ class Run:
                 answer = ("", False, str(error))
         path_text, resumed, problem = self.fabric.broadcast(answer)
         if problem:
-            if self._lock is not None:
-                self._lock.release()
+            self.close()
             raise UserError(problem)
         return Path(path_text), resumed
 
@@ -213,10 +208,10 @@ class Run:
         if self.is_first:
             self._guard(getattr(self._record, method), *arguments, **named)
 
-    def _guard(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+    def _guard(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Call a function that writes into the folder; what the disk refuses becomes a sentence."""
         try:
-            function(*arguments, **named)
+            return function(*arguments, **named)
         except OSError as error:
             raise UserError(f"{self.dir} could not be written to: {checkpoint.disk_sentence(error)}") from error
 

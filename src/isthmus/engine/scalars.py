@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning_fabric import Fabric
@@ -19,7 +20,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 class Scalars:
-    """Writes what it is given, on the first process only.
+    """Writes what it is given, on the first process only; use it in a ``with``, which closes its file.
 
     Args:
         folder: of the run; ``scalars/PHASE.csv`` (step, name, value) and ``tensorboard/PHASE`` go there.
@@ -32,7 +33,7 @@ class Scalars:
     def __init__(self, folder: Path, phase: str, curves: Curves, write: bool, tensorboard: bool) -> None:
         self.curves = curves
         self._path = folder / "scalars" / f"{phase}.csv"
-        self._board: Any = None
+        self._board: EventFile | None = None
         self._write = write
         if not write:
             return
@@ -41,10 +42,8 @@ class Scalars:
         csv.writer(text).writerows([("step", "name", "value"), *rows])
         self._guarded(write_atomically, self._path, text.getvalue().encode())
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
             last = max((points[-1][0] for points in curves.values() if points), default=0)
-            self._board = self._guarded(SummaryWriter, str(folder / "tensorboard" / phase), purge_step=last + 1)
+            self._board = self._guarded(EventFile, folder / "tensorboard" / phase, last + 1)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Note scalars after ``step`` steps.
@@ -61,8 +60,7 @@ class Scalars:
         with open(self._path, "a", newline="") as file:
             csv.writer(file).writerows((step, name, value) for name, value in values.items())
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.add(step, values)
 
     def _guarded(self, function: Any, *arguments: Any, **named: Any) -> Any:
         try:
@@ -70,10 +68,46 @@ class Scalars:
         except OSError as error:
             raise UserError(f"{self._path} could not be written: {disk_sentence(error)}") from error
 
-    def close(self) -> None:
-        """Flush what TensorBoard still holds."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._board is not None:
             self._board.close()
+
+
+class EventFile:
+    """Scalars in TensorBoard's format, written at once and by this thread, so that a full disk is noticed where it is.
+
+    Args:
+        folder: of the events.
+        start: TensorBoard forgets what earlier files in the folder say from this step on.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.isthmus"
+        self._records = RecordWriter(open(folder / name, "wb", buffering=0))  # noqa: SIM115 - close() closes it
+        self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._put(Event(wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def _put(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Write scalars of one step."""
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._put(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._records.close()
 
 
 class Window:

@@ -1,0 +1,163 @@
+"""Folders of runs: what is written, what is never overwritten, who may work in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from isthmus.codec import UserError
+from isthmus.engine import Run, RunOptions, read_config
+from isthmus.engine.run import launched_by_others, make_fabric
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: str = "digits"
+    widths: tuple[int, ...] = (16, 32)
+
+
+def options(**given: object) -> RunOptions:
+    return RunOptions(**{"accelerator": "cpu", "quiet": True, **given})  # type: ignore[arg-type]
+
+
+def test_a_run_describes_itself(tmp_path: Path) -> None:
+    with Run("spark", Config(), options(out=tmp_path / "r", seed=3), command="isthmus run spark") as run:
+        run.metric("accuracy", torch.tensor(0.5), published=80.6, unit="%")
+        run.figure("picture", torch.rand(3, 4, 4), "noise")
+        run.note("a note")
+        run.log("a line")
+        (run.dir / "encoder.pt").write_bytes(b"")
+        run.artifact("encoder", run.dir / "encoder.pt", "for timm")
+        assert not (run.dir / "finished.json").exists()
+    config = read_config(tmp_path / "r")
+    assert (config["name"], config["seed"], config["config"]) == ("spark", 3, {"data": "digits", "widths": [16, 32]})
+    environment = json.loads((tmp_path / "r/environment.json").read_text())
+    assert environment["versions"]["torch"] == version("torch")
+    assert (tmp_path / "r/finished.json").exists()
+    report = json.loads((tmp_path / "r/report.json").read_text())
+    assert report["metrics"]["accuracy"]["value"] == 0.5
+    assert report["status"] == "finished"
+    assert "a line" in (tmp_path / "r/log.txt").read_text()
+    texts = [p.read_text() for p in (tmp_path / "r").glob("*.json") if p.name not in ("config.json", "report.json")]
+    assert not any(str(Path.home()) in text or os.uname().nodename in text for text in texts)
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    with Run("spark", None, options(out=tmp_path / "r")):
+        pass
+    before = (tmp_path / "r/finished.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="holds a finished run; choose another --out"):
+        Run("spark", None, options(out=tmp_path / "r"))
+    assert (tmp_path / "r/finished.json").stat().st_mtime_ns == before
+    with Run("spark", None, options(out=tmp_path / "r", resume=True)) as run:
+        assert run.resumed
+
+
+def test_without_out_finished_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("spark-seed0", "spark-seed0-2", "spark-seed0-3"):
+        with Run("spark", None, options()) as run:
+            assert run.dir == Path("runs") / expected
+    with Run("spark", None, options(resume=True)) as run:
+        assert run.dir.name == "spark-seed0-3"
+    with Run("spark", None, options(seed=1)) as run:
+        assert run.dir.name == "spark-seed1"
+
+
+def test_an_unfinished_run_asks_for_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="broken"), Run("spark", None, options()):
+        raise RuntimeError("broken")
+    assert json.loads(Path("runs/spark-seed0/report.json").read_text())["error"] == "broken"
+    with pytest.raises(UserError, match="holds an unfinished run; go on with --resume"):
+        Run("spark", None, options())
+    with Run("spark", None, options(resume=True)) as run:
+        assert run.resumed
+        assert run.dir.name == "spark-seed0"
+
+
+def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
+    with Run("spark", None, options(out=tmp_path / "new", resume=True)) as run:
+        assert not run.resumed
+
+
+def test_resuming_with_other_settings_names_the_difference(tmp_path: Path) -> None:
+    with Run("spark", Config(), options(out=tmp_path / "r")):
+        pass
+    again = {"out": tmp_path / "r", "resume": True}
+    with pytest.raises(UserError, match=r"with widths \[16, 32\], now it is \[8\]"):
+        Run("spark", Config(widths=(8,)), options(**again))
+    with pytest.raises(UserError, match="with name 'spark', now it is 'rotnet'"):
+        Run("rotnet", Config(), options(**again))
+    with pytest.raises(UserError, match="with seed 0, now it is 1"):
+        Run("spark", Config(), options(**again, seed=1))
+    with pytest.raises(UserError, match="with max_steps None, now it is 5"):
+        Run("spark", Config(), options(**again, max_steps=5))
+
+
+def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        Run("spark", None, options(out=tmp_path))
+    with pytest.raises(UserError, match="is a file"):
+        Run("spark", None, options(out=tmp_path / "photo.jpg"))
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+    with pytest.raises(UserError, match="holds no run"):
+        read_config(tmp_path)
+
+
+def test_one_process_works_in_a_folder_at_a_time(tmp_path: Path) -> None:
+    run = Run("spark", None, options(out=tmp_path / "r"))
+    with pytest.raises(UserError, match=f"process {os.getpid()} is working in"):
+        Run("spark", None, options(out=tmp_path / "r", resume=True))
+    run.close()
+    Run("spark", None, options(out=tmp_path / "r", resume=True)).close()
+
+
+def test_randomness_depends_on_seed_and_key_alone(tmp_path: Path) -> None:
+    def draws(seed: int, *key: int | str) -> list[float]:
+        with Run.quick(tmp_path / f"{seed}-{key}-{len(list(tmp_path.iterdir()))}", seed=seed) as run:
+            run.seed_everything(*key)
+            mine = torch.rand(2, generator=run.generator(*key)).tolist()
+            return [*mine, torch.rand(()).item(), float(np.random.rand())]  # noqa: NPY002
+
+    assert draws(0, "a", 1) == draws(0, "a", 1)
+    for other in (draws(0, "a", 2), draws(0, "b", 1), draws(1, "a", 1)):
+        assert all(x != y for x, y in zip(draws(0, "a", 1), other, strict=True))
+
+
+def test_devices_that_are_not_there_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has them")
+    with pytest.raises(UserError, match="1 devices of kind cuda on 1 nodes cannot be set up here"):
+        make_fabric(options(accelerator="cuda"))
+    with pytest.raises(UserError, match="fsdp needs GPUs"):
+        make_fabric(options(strategy="fsdp"))
+
+
+def test_counts_of_torchrun_and_slurm_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched_by_others() is None
+    with monkeypatch.context() as env:
+        for name, value in {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}.items():
+            env.setenv(name, value)
+        assert launched_by_others() == (4, 2)
+    with monkeypatch.context() as env:
+        for name, value in {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_JOB_NAME": "train"}.items():
+            env.setenv(name, value)
+        assert launched_by_others() == (2, 3)
+        env.setenv("SLURM_JOB_NAME", "bash")
+        assert launched_by_others() is None
+
+
+def test_options_import_no_torch() -> None:
+    code = "import sys; from isthmus.engine import RunOptions; RunOptions(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
