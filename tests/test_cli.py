@@ -228,6 +228,12 @@ def test_a_run_measures_and_leaves_a_report(call: Call, toy: Path) -> None:
     assert "It gains four points." in (toy / "runs/toy/report.html").read_text()
 
 
+def test_a_run_needs_no_flag_at_all(call: Call, toy: Path) -> None:
+    code, out, _ = call("run", "toy")
+    assert code == 0
+    assert "runs/toy-seed0/report.html" in out
+
+
 def test_a_run_prints_its_report_for_scripts(call: Call, toy: Path) -> None:
     code, out, _ = toy_run(call, "runs/toy", "--json")
     assert code == 0

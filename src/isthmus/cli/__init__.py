@@ -83,4 +83,6 @@ def _missing_package(package: str) -> str:
 
 
 def _say(sentence: str) -> None:
-    sys.stderr.write(f"isthmus: {sentence}\n")
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    which = f" (process {rank})" if rank != "0" else ""
+    sys.stderr.write(f"isthmus{which}: {sentence}\n")

@@ -26,9 +26,9 @@ def list_systems(arguments: argparse.Namespace) -> int:
         return _print_json([describe(system, arguments.results) for system in chosen])
     console = _console()
     names, parts = (max(len(getattr(s, key)) for s in catalog.systems()) for key in ("name", "part"))
-    room = max(20, console.width - names - parts - len("00") - len("claims") - 8)  # 8: two spaces between columns
+    room = max(20, console.width - names - parts - len("00readyclaims") - 10)  # 10: two spaces between columns
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in ("", "name", "part", "claims", "what it does"):
+    for header in ("", "name", "part", "ready", "claims", "what it does"):
         table.add_column(header, no_wrap=True)
     for system in chosen:
         record = catalog.measured(system, arguments.results)
@@ -38,11 +38,12 @@ def list_systems(arguments: argparse.Namespace) -> int:
         name = Text(system.name, style="bold cyan" if system.ready else "dim")
         summary = Text(system.summary)
         summary.truncate(room, overflow="ellipsis")
-        table.add_row(Text(f"{system.number:02d}", style="dim"), name, system.part, marks, summary)
+        ready = "yes" if system.ready else ""
+        table.add_row(Text(f"{system.number:02d}", style="dim"), name, system.part, ready, marks, summary)
     console.print(table)
     ready = sum(s.ready for s in chosen)
     console.print(
-        f"\n{ready} of {len(chosen)} ready (bright names). Claims: ✓ holds, ✗ does not hold, · not measured yet. "
+        f"\n{ready} of {len(chosen)} ready. Claims: ✓ holds, ✗ does not hold, · not measured yet. "
         "`isthmus show NAME` tells more, `isthmus run NAME` runs it."
     )
     return 0

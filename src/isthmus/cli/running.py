@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import io
 import json
+import logging
 import re
 import shlex
 import sys
@@ -54,6 +55,7 @@ def execute(
     from isthmus.engine.run import Run
     from isthmus.report import render
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells of every process that it starts
     claims, remark = applicable_claims(system, recipe, scale, config, options)
     with Run(system.name, config, options, scale=scale, claims=claims, command=command) as run:
         if remark:
@@ -190,9 +192,9 @@ def _flags(settings: Any, prefix: str = "") -> list[str]:
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:
     """The value of a flag given as ``--flag value`` or ``--flag=value``."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for index, argument in enumerate(arguments):
         if argument == flag:
-            return following
+            return arguments[index + 1] if index + 1 < len(arguments) else None
         if argument.startswith(f"{flag}="):
             return argument.partition("=")[2]
     return None
