@@ -188,7 +188,7 @@ def test_the_environment_names_what_decides_numbers() -> None:
 class Page(HTMLParser):
     """Checks that tags are closed in order, and gathers text, addresses and pictures."""
 
-    VOID = frozenset({"meta", "br", "img", "path", "line"})
+    VOID = frozenset({"meta", "br", "wbr", "img", "line"})
 
     def __init__(self, html: str) -> None:
         super().__init__()

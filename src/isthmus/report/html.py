@@ -142,7 +142,7 @@ def _claims(runs: list[_Run], record: dict[str, Any] | None) -> str:
         bar = f"{claim['metric']} {claim['bar']}" + (", every seed" if claim["rule"] == "every" else "")
         cells = [
             _cell(escape(claim["text"]), "claim"),
-            _cell(f"<code>{escape(_together(bar))}</code>", label="bar"),
+            _cell(f"<code>{_breakable(bar)}</code>", "bar", "bar"),
             _cell(escape(claim["published"] or "–"), label="published"),
         ]
         for head, run in zip(heads[3:], runs, strict=False):
@@ -276,7 +276,8 @@ def _environment(runs: list[_Run]) -> str:
     def flat(data: dict[str, Any]) -> dict[str, Any]:
         machine = {key: value for key, value in data["hardware"].items() if value is not None}
         spent = {"started": _moment(data["started"]), "time": _duration(data["seconds"])}
-        return {**spent, **machine, **data["versions"], "commit": data["commit"] or "not a checkout"}
+        commit, _, changes = (data["commit"] or "not a checkout").partition("+")
+        return {**spent, **machine, **data["versions"], "commit": " + ".join(filter(None, (commit[:14], changes)))}
 
     return _facts(runs, flat)
 
@@ -318,9 +319,9 @@ def _table(heads: list[str], rows: list[list[str]], kind: str, numeric: bool = F
     return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
 
 
-def _together(bar: str) -> str:
-    """No line break between a comparison sign and its number."""
-    return bar.replace("≥ ", "≥\u00a0").replace("≤ ", "≤\u00a0")
+def _breakable(bar: str) -> str:
+    """Lines may break after an underscore, not between a comparison sign and its number."""
+    return escape(bar).replace("_", "_<wbr>").replace("≥ ", "≥\u00a0").replace("≤ ", "≤\u00a0")
 
 
 def _number(value: float | None, digits: int = 4) -> str:
@@ -330,6 +331,8 @@ def _number(value: float | None, digits: int = 4) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(_value, value))
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
