@@ -26,7 +26,8 @@ from isthmus.data.scenes.factors import (
     without_texture,
 )
 from isthmus.data.scenes.render import paint, render
-from isthmus.data.scenes.sampling import RULES, Bias, Draw, Pairing, Space, sample
+from isthmus.data.scenes.sampling import RULES, Draw, sample
+from isthmus.data.scenes.space import Bias, Pairing, Space
 from isthmus.data.scenes.words import QUESTIONS, WORDS, Question, caption, question, refer, relate, size_word, split
 
 __all__ = [

@@ -15,7 +15,8 @@ from isthmus.data.dataset import RAGGED, Dataset, pick_needs
 from isthmus.data.hashing import permutation
 from isthmus.data.scenes.factors import NAMES, SCENE_FIELDS, Scene, Table, decode
 from isthmus.data.scenes.render import paint
-from isthmus.data.scenes.sampling import RULES, Bias, Draw, Pairing, Space, positions
+from isthmus.data.scenes.sampling import RULES, Draw
+from isthmus.data.scenes.space import Bias, Pairing, Space, positions
 from isthmus.data.scenes.words import QUESTIONS, caption, question, refer
 from isthmus.data.splits import check_split
 from isthmus.layers.random import derive_seed
@@ -125,18 +126,17 @@ class Scenes(Dataset):
             "question": lambda: [asking.text for asking in questions],
             "answer": lambda: [asking.answer for asking in questions],
             "phrases": lambda: [[refer(scene, k) for k in range(len(scene))] for scene in scenes],
-            "factors": lambda: torch.stack(
-                [positions(self.space, f, self._factor(table, f)) for f in self.factor_names], 1
-            ),
+            "factors": lambda: torch.stack([self._position(table, field) for field in self.factor_names], 1),
         }
         questions = []
         if {"question", "answer"} & told:
-            names = {"shapes": tuple(self.space.shapes), "colours": tuple(self.space.colours)}
-            questions = [question(scene, kinds=self.kinds, **names) for scene in scenes]
+            shapes, colours = _names(self.space, "shape"), _names(self.space, "colour")
+            questions = [question(scene, kinds=self.kinds, shapes=shapes, colours=colours) for scene in scenes]
         return {column: makers[column]() for column in self.wanted}
 
-    def _factor(self, table: Table, field: str) -> Tensor:
-        return table.whole(field) if field in SCENE_FIELDS else table.thing(field)[:, 0]
+    def _position(self, table: Table, field: str) -> Tensor:
+        codes = table.whole(field) if field in SCENE_FIELDS else table.thing(field)[:, 0]
+        return positions(self.space, field, codes)
 
     def _classes(self, table: Table, task: Sequence[str]) -> Tensor:
         """``(N, K)`` classes of the objects."""

@@ -53,8 +53,8 @@ def render(
         ``masks``: bool ``(B, K, S, S)``, what is seen of object k; K is the largest number of objects. Masks of one
         scene do not overlap; a pixel belongs to an object that covers at least half of it.
         ``amodal``: bool ``(B, K, S, S)``, the whole objects, hidden parts too.
-        ``boxes``: float32 ``(B, K, 4)``, xyxy in pixels, around the whole objects as far as they lie within the picture;
-        zeros for objects that a scene lacks or that lie outside it.
+        ``boxes``: float32 ``(B, K, 4)``, xyxy in pixels, around the whole objects as far as they lie within the
+        picture; zeros for objects that a scene lacks or that lie outside it.
         ``depth``: float32 ``(B, S, S)``, distance from the viewer, 1 for the background.
         ``owner``: int64 ``(B, S, S)``, number of the object seen, −1 for the background.
 
@@ -158,7 +158,7 @@ def _background(table: Table, size: int) -> Tensor:
         contrast = (some.whole("contrast").float() * bright[rows])[:, None, None]
         tone.index_copy_(0, rows, function(u, v, some.whole("seed").int()[:, None, None], sharp).mul_(contrast))
     ground = _palette(GROUNDS, device)[:, table.whole("ground")] * bright
-    return (ground[:, :, None] + tone.view(n, -1)).view(3, -1)
+    return (ground[:, :, None] + tone.view(n, size * size)).view(3, n * size * size)
 
 
 def _finish(image: Tensor, table: Table) -> Tensor:
@@ -240,11 +240,7 @@ class _Group:
         aspect = (self.of["aspect"].float() * 0.01)[:, None, None, None]
         counts = torch.bincount(self.of["shape"], minlength=len(SHAPES)).tolist()
         parts = zip(p.split(counts), q.split(counts), aspect.split(counts), strict=True)
-        return (
-            p,
-            q,
-            torch.cat([DISTANCE[name](*part) for name, part in zip(SHAPES, parts, strict=True) if len(part[0])]),
-        )
+        return p, q, torch.cat([DISTANCE[name](*part) for name, part in zip(SHAPES, parts, strict=True)])
 
     def _fill(self, light: Tensor, p: Tensor, q: Tensor, sharp: Tensor) -> Tensor:
         for name, function in TONE.items():

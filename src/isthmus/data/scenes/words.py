@@ -173,9 +173,9 @@ def relate(one: Thing, other: Thing) -> str | None:
 
 
 def _before(one: Thing, other: Thing) -> str | None:
-    """ "in front of" or "behind" where the circles around two objects overlap by a quarter."""
+    """ "in front of" or "behind" where the circles around two objects overlap clearly."""
     apart = (one.x - other.x) ** 2 + (one.y - other.y) ** 2
-    if 64 * apart >= 9 * (one.size + other.size) ** 2 or one.depth == other.depth:
+    if 1600 * apart >= 289 * (one.size + other.size) ** 2 or one.depth == other.depth:
         return None
     return "in front of" if one.depth < other.depth else "behind"
 
