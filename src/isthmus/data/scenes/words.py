@@ -255,9 +255,10 @@ def _plain_phrases(scene: Scene, target: Thing) -> Phrases:
     yield target.shape, alike("shape")
     yield f"{target.colour} object", alike("colour")
     yield _name(target), alike("colour", "shape")
-    if size:
-        yield f"{size} {_name(target)}", lambda t: alike("colour", "shape")(t) and size_word(t) == size
-        yield f"{size} {target.shape}", lambda t: t.shape == target.shape and size_word(t) == size
+    if size:  # an object whose size is on the border counts as fitting, so that nobody has to measure
+        sized = (lambda t: t.size < SMALL + 40) if size == "small" else (lambda t: t.size >= LARGE - 40)
+        yield f"{size} {_name(target)}", lambda t: alike("colour", "shape")(t) and sized(t)
+        yield f"{size} {target.shape}", lambda t: t.shape == target.shape and sized(t)
     if target.fill != "plain":
         yield f"{surface} {_name(target)}", alike("colour", "shape", "fill")
         yield f"{surface} {target.shape}", alike("shape", "fill")
