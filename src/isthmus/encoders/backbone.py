@@ -49,7 +49,11 @@ class Backbone(nn.Module):
         if hasattr(self.model, "forward_intermediates"):
             indices = [level["index"] for level in self._chosen]
             model = cast(Any, self.model)
-            return list(model.forward_intermediates(x, indices=indices, output_fmt="NCHW", intermediates_only=True))
+            return list(
+                model.forward_intermediates(
+                    x, indices=indices, output_fmt="NCHW", intermediates_only=True, stop_early=True
+                )
+            )
         return self._hooked(x)
 
     def _hooked(self, x: Tensor) -> list[Tensor]:
