@@ -29,7 +29,7 @@ def test_number_name_and_arxiv_id_are_those_of_the_sheets() -> None:
     sheets = {path.stem: path.read_text(encoding="utf-8") for path in shared("papers").glob("*.md")}
     assert {system.slug for system in catalog.systems()} == set(sheets)
     for system in catalog.systems():
-        assert system.arxiv in sheets[system.slug], system.slug
+        assert (system.arxiv or "") in sheets[system.slug], system.slug
 
 
 @pytest.mark.parametrize("spelling", ["meg-decoding", "meg_decoding", "02", "2", "02-meg-decoding", " MEG-Decoding "])
@@ -114,6 +114,12 @@ def test_a_verdict_counts_only_for_the_bar_it_was_measured_against(tmp_path: Pat
     assert catalog.verdict_of(claim, record) is True
     assert catalog.verdict_of(Claim("gain", "It helps.", "gain", at_least=6), record) is None
     assert catalog.verdict_of(Claim("other", "It helps.", "gain", at_least=4), record) is None
+
+
+def test_a_verdict_that_is_no_number_can_still_be_shown() -> None:
+    assert catalog.figure_of({"mean": None, "spread": None, "values": {"0": None}}) == "not finite"
+    assert catalog.figure_of({"mean": 5.0, "spread": 0.0, "values": {"0": 5.0}}) == "5"
+    assert catalog.figure_of({"mean": 5.0, "spread": 0.71, "values": {"0": 4.5, "1": 5.5}}) == "5 ± 0.71"
 
 
 def test_a_broken_or_foreign_verdict_file_is_named(tmp_path: Path) -> None:

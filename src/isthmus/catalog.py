@@ -197,6 +197,15 @@ def verdict_of(claim: Claim, record: dict[str, Any] | None) -> bool | None:
     return None
 
 
+def figure_of(verdict: dict[str, Any]) -> str:
+    """Mean and spread over seeds as people read them."""
+    if verdict["mean"] is None:
+        return "not finite"
+    return (
+        f"{verdict['mean']:.4g} ± {verdict['spread']:.2g}" if len(verdict["values"]) > 1 else f"{verdict['mean']:.4g}"
+    )
+
+
 # ----------------------------------------------------------------------------------- a recipe's settings, unimported
 
 
@@ -294,7 +303,7 @@ def _markdown_verdicts(system: System, results: Path | None) -> str:
         holds = verdict_of(claim, record)
         figures = {v["name"]: v for v in (record or {}).get("verdicts", ())}
         mark = {True: "✓", False: "✗", None: "not measured yet:"}[holds]
-        value = f" **{figures[claim.name]['mean']:.3g}**" if holds is not None else ""
+        value = f" **{figure_of(figures[claim.name])}**" if holds is not None else ""
         told.append(f"{mark} {claim.text} ({claim.metric}{value}, bar {claim.bar})")
     return "<br>".join(told) or "ready"
 

@@ -197,10 +197,9 @@ def _print_record(record: dict[str, Any], changed: list[str], results: Path) -> 
         table.add_column(header, justify="right" if "seed" in header or "±" in header else "left")
     for v in record["verdicts"]:
         bar = f"{v['metric']} {v['bar']}" + (" (every seed)" if v["rule"] == "every" else "")
-        mean = "not finite" if v["mean"] is None else f"{v['mean']:.4g} ± {v['spread']:.2g}"
         each = ["not finite" if value is None else f"{value:.4g}" for value in v["values"].values()]
         mark = Text.assemble(MARKS[v["holds"]], " holds" if v["holds"] else " does not hold")
-        table.add_row(mark, v["text"], bar, mean, *each, Text(v["published"] or "–"))
+        table.add_row(mark, v["text"], bar, catalog.figure_of(v), *each, Text(v["published"] or "–"))
     console.print(table)
     for sentence in changed:
         console.print(Text(f"differs from the record: {sentence}", style="bold red"))

@@ -89,7 +89,7 @@ def _show_claims(console: Console, system: System, record: dict[str, Any] | None
     for claim in system.claims:
         holds = catalog.verdict_of(claim, record)
         verdict = found.get(claim.name) if holds is not None else None
-        figure = f"{verdict['mean']:.4g} ± {verdict['spread']:.2g}" if verdict else "not yet"
+        figure = catalog.figure_of(verdict) if verdict else "not yet"
         bar = f"{claim.metric} {claim.bar}" + (" (every seed)" if claim.rule == "every" else "")
         table.add_row(Text(*MARKS[holds]), claim.text, bar, figure, Text(claim.published or "–"))
     console.print("")

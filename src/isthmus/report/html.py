@@ -151,7 +151,7 @@ def _claims(runs: list[_Run], record: dict[str, Any] | None) -> str:
         if shown:
             verdict = verdicts.get(name)
             fits = _fits(claim, verdict)
-            figure = f"{_number(verdict['mean'])} ± {_number(verdict['spread'], 2)}" if fits and verdict else ""
+            figure = catalog.figure_of(verdict) if fits and verdict else ""
             cells.append(_cell(_mark(verdict["holds"], figure) if fits and verdict else "–", "number", "over seeds"))
         rows.append(cells)
     told = (
@@ -324,8 +324,8 @@ def _breakable(bar: str) -> str:
     return escape(bar).replace("_", "_<wbr>").replace("≥ ", "≥\u00a0").replace("≤ ", "≤\u00a0")
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "not finite" if value is None else f"{value:.{digits}g}"
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _value(value: Any) -> str:
