@@ -14,7 +14,7 @@ from isthmus.codec import UserError
 #: The keys that recipes may ask for; a source may have columns of its own besides.
 COLUMNS = ("image", "label", "mask", "boxes", "labels", "caption", "audio", "signal", "tokens", "subject")
 #: Columns whose length differs from sample to sample: a batch holds a list of tensors, whatever the lengths are.
-RAGGED = ("boxes", "labels")
+RAGGED = ("boxes", "labels", "masks")
 
 
 class Unreadable(Exception):
@@ -223,7 +223,7 @@ class Memory(Dataset):
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples → a batch: tensors are stacked, strings and bytes listed, ``boxes`` and ``labels`` always listed.
+    """Samples → a batch: tensors are stacked, strings and bytes listed, :data:`RAGGED` columns always listed.
 
     Raises:
         UserError: images or masks differ in size.

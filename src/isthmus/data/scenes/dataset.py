@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isthmus.codec import UserError
-from isthmus.data.dataset import RAGGED, Dataset, pick_needs
+from isthmus.data.dataset import Dataset, Unreadable, pick_needs
 from isthmus.data.hashing import permutation
 from isthmus.data.scenes.factors import NAMES, SCENE_FIELDS, Scene, Table, decode
 from isthmus.data.scenes.render import paint
@@ -26,8 +26,6 @@ _SPACES: dict[str, Callable[..., Space]] = {"": Space, "easy": Space.easy, "fact
 _ABOUT_ONE = ("shape", "colour", "fill", "ground", "texture")
 #: Columns that tell of several objects.
 _ABOUT_MANY = ("mask", "masks", "boxes", "labels", "caption", "question", "answer", "phrases", "depth")
-#: Columns whose length differs from sample to sample.
-_RAGGED = (*RAGGED, "masks")
 
 
 class Scenes(Dataset):
@@ -69,6 +67,8 @@ class Scenes(Dataset):
     def table(self, indices: Sequence[int] | np.ndarray) -> Table:
         """The factors of some samples as integers."""
         index = np.asarray(indices, dtype=np.int64)
+        if len(index) and not 0 <= index.min() <= index.max() < len(self):
+            raise IndexError(f"{self.name} has samples 0 to {len(self) - 1}, asked for {index.min()} to {index.max()}")
         tables, order, start = [], [], 0
         for draw, numbers in self.draws:
             mine = np.flatnonzero((index >= start) & (index < start + len(numbers)))
@@ -89,19 +89,10 @@ class Scenes(Dataset):
     def read(self, index: int) -> dict[str, Any]:
         return {key: values[0] for key, values in self._columns([index]).items()}
 
-    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
         """Several samples, drawn together."""
         data = self._columns(indices)
         return [{key: values[i] for key, values in data.items()} for i in range(len(indices))]
-
-    def samples(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> list[dict[str, Any]]:
-        numbers = [int(i) for i in indices]
-        return [
-            {**sample, "index": torch.tensor(i)} for i, sample in zip(numbers, self.read_many(numbers), strict=True)
-        ]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return self.samples(indices)
 
     def fetch(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> dict[str, Any]:
         return {**self._columns(indices), "index": torch.as_tensor(np.asarray(indices, dtype=np.int64))}
