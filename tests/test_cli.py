@@ -313,6 +313,7 @@ def test_a_bug_is_told_in_one_line_and_shown_whole_on_request(
     assert code == 1
     assert err == "isthmus: RuntimeError: a bug on two lines (set ISTHMUS_DEBUG=1 to see where it happened)\n"
     assert json.loads((toy / "runs/toy/report.json").read_text())["status"] == "failed"
+    assert "This run failed. a bug" in (toy / "runs/toy/report.html").read_text()
     monkeypatch.setenv("ISTHMUS_DEBUG", "1")
     with pytest.raises(RuntimeError, match="a bug"):
         toy_run(call, "runs/other", "--mode", "bug")
@@ -326,9 +327,9 @@ def test_a_bug_is_told_in_one_line_and_shown_whole_on_request(
         (["run"], "name the system first"),
         (["run", "natra"], "natra has no recipe yet"),
         (["show", "sparc"], "Nearest: spark"),
-        (["lst"], "lst"),
+        (["lst"], "there is no command 'lst'; nearest: list"),
         (["list", "--redy"], "there is no flag --redy; nearest: --ready"),
-        (["list", "--part", "nose"], "nose"),
+        (["list", "--part", "lense"], "there is no --part 'lense'; nearest: lens"),
         (["apply", "nowhere", "x"], "nowhere holds no run"),
         (["report", "nowhere"], "there is no nowhere"),
         (["report"], "there are no runs under runs/"),

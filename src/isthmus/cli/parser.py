@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +38,17 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong:
+            what, given, choices = wrong.groups()
+            known = [choice.strip(" '") for choice in choices.split(",")]
+            near = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
+            noun = "command" if what == "COMMAND" else what
+            message = (
+                f"there is no {noun} {given!r}; "
+                + ("nearest: " if near else "it is one of ")
+                + ", ".join(near or known)
+            )
         self.exit(2, f"isthmus: {message.rstrip('.')}. `{self.prog} --help` shows how it is used.\n")
 
 

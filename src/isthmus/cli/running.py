@@ -52,21 +52,24 @@ def execute(
     system: System, recipe: ModuleType, scale: str, config: Any, options: Any, command: str = ""
 ) -> Path | None:
     """Run a recipe and write its page; returns the run's folder, ``None`` on other processes than the first."""
+    from isthmus.codec import write_atomically
     from isthmus.engine.run import Run
     from isthmus.report import render
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells of every process that it starts
     claims, remark = applicable_claims(system, recipe, scale, config, options)
-    with Run(system.name, config, options, scale=scale, claims=claims, command=command) as run:
-        if remark:
-            run.note(remark)
-        recipe.run(config, run)
-    if not run.is_first:
-        return None
-    from isthmus.codec import write_atomically
-
-    write_atomically(run.dir / "report.html", render([run.dir]).encode())
-    return run.dir
+    run = Run(system.name, config, options, scale=scale, claims=claims, command=command)
+    try:
+        with run:
+            if remark:
+                run.note(remark)
+            recipe.run(config, run)
+    finally:
+        # Also for a run that failed or was interrupted: the page shows what it has. A full disk is told only once.
+        with contextlib.suppress(OSError) if sys.exc_info()[0] else contextlib.nullcontext():
+            if run.is_first:
+                write_atomically(run.dir / "report.html", render([run.dir]).encode())
+    return run.dir if run.is_first else None
 
 
 def applicable_claims(
