@@ -102,8 +102,9 @@ class Columns:
         """
         sample = {}
         for column in columns:
-            value = self._cell(row, column)
+            value = None
             try:
+                value = self._cell(row, column)
                 sample[column] = self._convert(column, value)
             except Unreadable as error:
                 raise Unreadable(f"{column}: {error}") from error

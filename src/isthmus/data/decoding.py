@@ -170,7 +170,7 @@ def _from_deep(pixels: np.ndarray) -> Image.Image:
         wide = pixels.astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:
             raise Unreadable("its pixels lie outside the 16-bit range")
-        eight_bit = pixels.dtype.itemsize == 4 and wide.max() <= 255
+        eight_bit = pixels.dtype.itemsize >= 4 and wide.max() <= 255
         grey = wide if eight_bit else (wide * 255 + 32767) // 65535
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 

@@ -7,23 +7,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from isthmus.codec import UserError
 from isthmus.data.dataset import Dataset, collate
 from isthmus.data.hashing import permutation
-from isthmus.data.transforms import Transform, divided
+from isthmus.data.streams import Stream
+from isthmus.data.transforms import Transform, as_floats, divided
 from isthmus.layers.random import ShardedGenerator, derive_seed
 
 
-def steps_per_epoch(dataset: Dataset, batch_size: int, drop_last: bool = True) -> int:
+def steps_per_epoch(dataset: Dataset | Stream, batch_size: int, drop_last: bool = True) -> int:
     """How many batches one pass over ``dataset`` gives.
 
     Raises:
         UserError: fewer samples than one batch takes.
     """
+    if isinstance(dataset, Stream):
+        raise UserError(f"{dataset.name} is a stream, whose length is not known; set a number of steps, not of epochs.")
     full, rest = divmod(len(dataset), batch_size)
     steps = full if drop_last else full + bool(rest)
     if not steps:
@@ -35,7 +37,7 @@ def steps_per_epoch(dataset: Dataset, batch_size: int, drop_last: bool = True) -
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Dataset | Stream,
     batch_size: int,
     *,
     seed: int,
@@ -71,8 +73,8 @@ def batches(
         raise ValueError(f"batch size {batch_size} cannot be shared by {world} processes (this is number {rank}).")
     if world > 1 and not drop_last:
         raise ValueError("drop_last=False leaves some processes without samples; it is for one process only.")
-    if not hasattr(dataset, "__len__"):
-        return dataset.batches(  # type: ignore[attr-defined]
+    if isinstance(dataset, Stream):
+        return dataset.batches(
             batch_size, seed=seed, start_step=start_step, rank=rank, world=world, transform=transform, workers=workers
         )
     plan = _Plan(batch_size, steps_per_epoch(dataset, batch_size, drop_last), seed, rank, world)
@@ -80,7 +82,7 @@ def batches(
 
 
 def evaluation_batches(
-    dataset: Dataset,
+    dataset: Dataset | Stream,
     batch_size: int,
     *,
     transform: Transform | None = None,
@@ -100,6 +102,8 @@ def evaluation_batches(
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise ValueError(f"got batch size {batch_size}, rank {rank}, world {world}.")
+    if isinstance(dataset, Stream):
+        return dataset.evaluation_batches(batch_size, transform=transform, rank=rank, world=world)
     steps = range(rank, -(-len(dataset) // batch_size), world)
     found = _run(_InOrder(dataset, batch_size, transform), steps, workers)
     return (batch for batch in found if len(batch["index"]))
@@ -163,14 +167,6 @@ class _InOrder(TorchDataset):
             return {"index": torch.zeros(0, dtype=torch.int64)}
         batch = as_floats(batch)
         return batch if self.whole is None else self.whole(batch, generator)
-
-
-def as_floats(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with a uint8 ``image`` turned to float32 in [0, 1]."""
-    image = batch.get("image")
-    if isinstance(image, Tensor) and image.dtype == torch.uint8:
-        return {**batch, "image": image.float().div_(255)}
-    return batch
 
 
 def _run(steps: _Steps | _InOrder, order: Any, workers: int) -> Iterator[dict[str, Any]]:

@@ -72,7 +72,6 @@ _SOURCES = {
             "tar or parquet shards, streamed: shards:data-*.tar",
             True,
             True,
-            True,
         ),
     )
 }
@@ -125,6 +124,8 @@ def load(
         extra["limit"] = limit
     given = _checked(source, found, module.load, given)
     dataset = module.load(split, tuple(needs), seed, **given, **extra)
+    if limit is not None and not hasattr(dataset, "__len__"):
+        raise UserError(f"{source}: a stream takes no limit; give fewer shards.")
     if limit is not None and not found.limits:
         return dataset.select(spaced(len(dataset), limit))
     return dataset

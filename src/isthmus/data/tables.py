@@ -122,7 +122,7 @@ def load(
         raise UserError(f"{broken[0][0]} is not a readable parquet file: {broken[0][1]}.")
     files = list(lengths)
     starts = [0, *accumulate(lengths.values())]
-    parts = [part for file in files for part in [_part(file, root)] * lengths[file]]
+    parts = [part for file in files for part in [file_part(file, root)] * lengths[file]]
     fractions = [row_fractions(file.relative_to(root).as_posix(), lengths[file]) for file in files]
     chosen = divide(parts, split, np.concatenate(fractions))
     if not len(chosen):
@@ -213,7 +213,7 @@ def _lengths(files: Sequence[Path]) -> tuple[dict[Path, int], list[tuple[Path, s
     return lengths, broken
 
 
-def _part(file: Path, root: Path) -> str | None:
+def file_part(file: Path, root: Path) -> str | None:
     """The split that the name of a file, or of a folder on the way to it, says."""
     words = [word for step in file.relative_to(root).parts for word in re.split(r"[^A-Za-z]+", step.split(".")[0])]
     return next((part for word in words if (part := part_of(word))), None)

@@ -37,6 +37,14 @@ class Transform:
         return {key: values[0] for key, values in self(batch, generator).items()}
 
 
+def as_floats(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with a uint8 ``image`` turned to float32 in [0, 1]."""
+    image = batch.get("image")
+    if isinstance(image, Tensor) and image.dtype == torch.uint8:
+        return {**batch, "image": image.float().div_(255)}
+    return batch
+
+
 class Compose(Transform):
     """Transforms one after another."""
 
