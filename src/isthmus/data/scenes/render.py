@@ -191,9 +191,9 @@ class _Group:
         span = torch.arange(side, device=scene.device)
         self.columns, self.rows = self.left[:, None] + span, self.top[:, None] + span
 
-    def place(self, start: Tensor) -> Tensor:
+    def place(self, start: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
         """``(M, side, side)`` positions of the windows' pixels in flat pictures that begin at ``start`` ``(M,)``."""
-        return (start[:, None] + self.rows * self.size)[:, :, None] + self.columns[:, None, :]
+        return (start[:, None] + self.rows[chosen] * self.size)[:, :, None] + self.columns[chosen][:, None, :]
 
     def cover(self, coloured: bool) -> None:
         """Compute ``alpha``, how much of every pixel the object covers, its colours and its shadow."""
@@ -270,7 +270,7 @@ class _Group:
         rows = (self.rank == rank).nonzero()[:, 0]
         if len(rows) == 0:
             return
-        place = self.place(self.scene * (self.size * self.size)).index_select(0, rows).view(-1)
+        place = self.place(self.scene[rows] * (self.size * self.size), rows).view(-1)
         if coloured:
             keep, paint = self.keep.index_select(0, rows).view(-1), self.paint.index_select(1, rows).view(3, -1)
             for channel in range(3):

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_ACROSS, _DOWN = 0x27D4EB2D, 0x165667B1  # odd, so that neighbours differ in all bits
+
 
 def hashed(a: Tensor, b: Tensor, seed: Tensor) -> Tensor:
     """31 random bits of two integers and a seed: int32 arithmetic that wraps (the finaliser of lowbias32)."""
-    x = a * 0x27D4EB2D + b * 0x165667B1 + seed
+    x = a * _ACROSS + b * _DOWN + seed
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x21F0AAAD
     x = (x ^ ((x >> 15) & 0x1FFFF)) * 0x735A2D97
     return (x ^ ((x >> 15) & 0x1FFFF)) & 0x7FFFFFFF
@@ -67,18 +69,25 @@ def speckle(u: Tensor, v: Tensor, seed: Tensor, sharp: Tensor) -> Tensor:
 
 def noise(u: Tensor, v: Tensor, seed: Tensor, sharp: Tensor) -> Tensor:
     """Two octaves of value noise, fading smoothly from lattice point to lattice point."""
-    return (_lattice(u, v, seed) * 1.1 + _lattice(u * 2 + 0.37, v * 2 + 0.71, seed + 7919) * 0.6).clamp_(-0.5, 0.5)
+    coarse, fine = _lattice(u, v, seed), _lattice(u * 2 + 0.37, v * 2 + 0.71, seed + 7919)
+    return coarse.mul_(0.55).add_(fine.mul_(0.3)).clamp_(-0.5, 0.5)
 
 
 def _lattice(u: Tensor, v: Tensor, seed: Tensor) -> Tensor:
+    """Values from −1 to 1, random at whole coordinates and smooth between them."""
     i, j = torch.floor(u), torch.floor(v)
     fu, fv = u - i, v - j
     fu, fv = fu * fu * (3 - fu * 2), fv * fv * (3 - fv * 2)
-    i, j = i.int(), j.int()
-    corner = [[hashed(i + a, j + b, seed).bitwise_and_(1023).float() for a in (0, 1)] for b in (0, 1)]
-    low = corner[0][0] + (corner[0][1] - corner[0][0]) * fu
-    high = corner[1][0] + (corner[1][1] - corner[1][0]) * fu
-    return (low + (high - low) * fv) * (1 / 1023) - 0.5
+    base = (i.int() * _ACROSS).add_(j.int() * _DOWN).add_(hashed(seed, seed * 0, seed))
+    low, high = (
+        _random(base + down).mul_(1 - fu).add_(_random(base + (down + _ACROSS)).mul_(fu)) for down in (0, _DOWN)
+    )
+    return low.mul_(1 - fv).add_(high.mul_(fv))
+
+
+def _random(x: Tensor) -> Tensor:
+    """Integers → numbers from −1 to 1: one round of mixing, the upper half of the bits."""
+    return (x ^ (x >> 15)).mul_(0x735A2D97).bitwise_right_shift_(16).float().mul_(1 / 2**15)
 
 
 def bar(u: Tensor, v: Tensor, seed: Tensor, sharp: Tensor) -> Tensor:
