@@ -1,0 +1,419 @@
+"""RepLKNet: 31x31 depthwise kernels beside 5x5 ones (arXiv 2203.06717), the backbone of the large-kernel design study
+(arXiv 2410.08049).
+
+Every stage alternates a block with a large kernel and a feed-forward block, all with batch norm in front. While
+training a small kernel runs beside each large one; ``reparameterize()`` merges it and folds every batch norm of a
+residual branch, stem and transition into its convolution, with the same outputs.
+
+``timm.create_model("replknet_31b")`` after ``import isthmus.encoders``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from isthmus.layers.large_kernel import DepthwiseConv
+from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution (1x1, 3x3, or depthwise 3x3), batch norm, and ReLU where asked for; merged it has a bias instead."""
+
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        kernel: int = 1,
+        stride: int = 1,
+        *,
+        depthwise: bool = False,
+        relu: bool = False,
+        deploy: bool = False,
+    ) -> None:
+        if depthwise:
+            conv: nn.Module = DepthwiseConv(channels, kernel, stride=stride, bias=deploy)
+        else:
+            conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=deploy)
+        norm = nn.Identity() if deploy else nn.BatchNorm2d(out)
+        super().__init__(OrderedDict(conv=conv, norm=norm, act=nn.ReLU() if relu else nn.Identity()))
+
+    def fuse(self, before: nn.Module | None = None) -> None:
+        """Fold the norm, and the batch norm in front of a 1x1 convolution, in place; a second call does nothing."""
+        if isinstance(self.norm, nn.Identity):
+            return
+        conv = cast(nn.Conv2d, self.conv)
+        fuse_norm(conv, self.norm)
+        self.norm = nn.Identity()
+        if before is not None:
+            # W(γ(x - μ)/σ + β) = (Wγ/σ)x + W(β - μγ/σ); exact because a 1x1 convolution pads nothing.
+            norm = cast(Any, before)
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            shift = norm.bias - norm.running_mean * scale
+            conv.bias = nn.Parameter(cast(Tensor, conv.bias) + conv.weight[:, :, 0, 0] @ shift)
+            conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1))
+
+
+class LargeKernelBlock(nn.Module):
+    """x + DropPath(BN·1x1(ReLU(LK(ReLU(BN·1x1(BN(x))))))), LK the sum of a large and a small depthwise convolution.
+
+    Args:
+        dim: C.
+        width: channels of the depthwise convolution.
+        kernel: side of the large kernel.
+        small_kernel: side of the small one; ``None`` for none.
+        drop_path: probability of skipping the block for a sample.
+        deploy: build the merged form at once.
+
+    Shapes: ``(B, C, H, W)`` → the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        kernel: int,
+        small_kernel: int | None,
+        drop_path: float = 0.0,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm: nn.Module = nn.Identity() if deploy else nn.BatchNorm2d(dim)
+        self.pw1 = ConvNorm(dim, width, relu=True, deploy=deploy)
+        self.large = ReparamConv(width, kernel, [(small_kernel, 1)] if small_kernel else [], deploy=deploy)
+        self.act = nn.ReLU()
+        self.pw2 = ConvNorm(width, dim, deploy=deploy)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` → the same."""
+        return x + self.drop_path(self.pw2(self.act(self.large(self.pw1(self.norm(x))))))
+
+
+class FeedForwardBlock(nn.Module):
+    """x + DropPath(BN·1x1(GELU(BN·1x1(BN(x))))): the ConvFFN, four times as wide inside by default."""
+
+    def __init__(self, dim: int, width: int, drop_path: float = 0.0, deploy: bool = False) -> None:
+        super().__init__()
+        self.norm: nn.Module = nn.Identity() if deploy else nn.BatchNorm2d(dim)
+        self.pw1 = ConvNorm(dim, width, deploy=deploy)
+        self.act = nn.GELU()
+        self.pw2 = ConvNorm(width, dim, deploy=deploy)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` → the same."""
+        return x + self.drop_path(self.pw2(self.act(self.pw1(self.norm(x)))))
+
+
+class RepLKNet(nn.Module):
+    """The network, with timm's interface.
+
+    Args:
+        large_kernel_sizes: side of the large kernels of the four stages.
+        layers: pairs of blocks (large kernel, feed-forward) of the four stages.
+        channels: C of the four stages.
+        small_kernel: side of the kernel beside each large one; ``None`` for none.
+        dw_ratio: channels of the large depthwise convolution over C.
+        ffn_ratio: width of the feed-forward blocks over C.
+        in_chans: channels of the input.
+        num_classes: outputs of the head; 0 returns pooled features.
+        global_pool: timm's name of the pooling.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        norm_features: a batch norm on every level of the pyramid, as the XL checkpoints for dense tasks have.
+        deploy: build the merged form, for a merged checkpoint.
+
+    Shapes: ``(B, in_chans, H, W)`` of any size → ``(B, num_classes)``; levels of reduction 4, 8, 16, 32.
+
+    Raises:
+        ValueError: lists of unequal lengths, an even kernel, a wrong number of input channels.
+    """
+
+    def __init__(
+        self,
+        large_kernel_sizes: Sequence[int] = (31, 29, 27, 13),
+        layers: Sequence[int] = (2, 2, 18, 2),
+        channels: Sequence[int] = (128, 256, 512, 1024),
+        small_kernel: int | None = 5,
+        dw_ratio: float = 1.0,
+        ffn_ratio: float = 4.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_features: bool = False,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        if not len(large_kernel_sizes) == len(layers) == len(channels):
+            raise ValueError(
+                f"large_kernel_sizes {tuple(large_kernel_sizes)}, layers {tuple(layers)} and channels "
+                f"{tuple(channels)} must have one entry a stage."
+            )
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.grad_checkpointing = False
+        c = channels[0]
+        self.stem = nn.Sequential(
+            ConvNorm(in_chans, c, 3, 2, relu=True, deploy=deploy),
+            ConvNorm(c, c, 3, depthwise=True, relu=True, deploy=deploy),
+            ConvNorm(c, c, relu=True, deploy=deploy),
+            ConvNorm(c, c, 3, 2, depthwise=True, relu=True, deploy=deploy),
+        )
+        rates = cast(
+            "list[list[float]]",
+            calculate_drop_path_rates(drop_path_rate, [2 * n for n in layers], stagewise=True),
+        )
+        stages = []
+        for i, (dim, kernel) in enumerate(zip(channels, large_kernel_sizes, strict=True)):
+            blocks: list[nn.Module] = []
+            for large_rate, ffn_rate in zip(rates[i][::2], rates[i][1::2], strict=True):
+                blocks.append(LargeKernelBlock(dim, int(dim * dw_ratio), kernel, small_kernel, large_rate, deploy))
+                blocks.append(FeedForwardBlock(dim, int(dim * ffn_ratio), ffn_rate, deploy))
+            down = []
+            if i:
+                down.append(ConvNorm(channels[i - 1], dim, relu=True, deploy=deploy))
+                down.append(ConvNorm(dim, dim, 3, 2, depthwise=True, relu=True, deploy=deploy))
+            stages.append(nn.Sequential(OrderedDict(downsample=nn.Sequential(*down), blocks=nn.Sequential(*blocks))))
+        self.stages: Any = nn.Sequential(*stages)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(channels)
+        ]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in channels) if norm_features else None
+        self.norm: nn.Module = nn.BatchNorm2d(channels[-1])
+        self.head: Any = ClassifierHead(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Merge kernels and fold batch norms, in place, with the same outputs. A second call does nothing.
+
+        The batch norms of the head and of ``norm_features`` stay; there is nothing in front to fold them into.
+
+        Raises:
+            ValueError: in training mode.
+        """
+        if isinstance(cast(ConvNorm, self.stem[0]).norm, nn.Identity):
+            return
+        check_mergeable(self)
+        for module in self.modules():
+            if isinstance(module, LargeKernelBlock):
+                module.large.reparameterize()
+            if isinstance(module, (LargeKernelBlock, FeedForwardBlock)):
+                module.pw1.fuse(before=module.norm)
+                module.norm = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.fuse()
+        if "_timm_spec" in self.__dict__:  # a Codec that is saved now must be rebuilt in the merged form
+            self.__dict__["_timm_spec"]["kwargs"]["deploy"] = True
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """timm's: the maps of the stages asked for, finest first; with ``norm_features`` each through its batch norm.
+
+        ``norm`` puts the last map through the head's batch norm, which is also on the first value returned.
+
+        Raises:
+            ValueError: ``output_fmt`` is not ``"NCHW"``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r}: the maps of a convnet are 'NCHW'.")
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(self._checked(x))
+        intermediates = []
+        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last + 1]):
+            x = self._stage(stage, x)
+            if i in take:
+                final = norm and i + 1 == len(self.feature_info)
+                level = x if self.norms is None else self.norms[i](x)
+                intermediates.append(self.norm(level) if final else level)
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: drop the stages after the last one asked for, and the head."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        shorter = last + 1 < len(self.feature_info)
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if prune_head or shorter:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.head, self.num_classes = nn.Identity(), 0
+        return list(take)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``(B, in_chans, H, W)`` → ``(B, C, H / 32, W / 32)``, batch norm included."""
+        x = self.stem(self._checked(x))
+        for stage in self.stages:
+            x = self._stage(stage, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool, classify: ``(B, C, h, w)`` → ``(B, num_classes)``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_chans, H, W)`` → ``(B, num_classes)``, or pooled features where there are no classes."""
+        return self.forward_head(self.forward_features(x))
+
+    def _stage(self, stage: Any, x: Tensor) -> Tensor:
+        if not self.grad_checkpointing or torch.jit.is_scripting():
+            return stage(x)
+        x = stage.downsample(x)
+        for block in stage.blocks:
+            x = cast(Tensor, checkpoint(block, x))
+        return x
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """The input, in the memory format in which CPUs run this network fastest."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"the input is {tuple(x.shape)}; this network takes (B, {self.in_chans}, H, W).")
+        return x.contiguous(memory_format=torch.channels_last) if type(x) is Tensor and x.device.type == "cpu" else x
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier, and pooling where it is given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of storing their activations."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's: parameter names → depth, for layer-wise learning rates."""
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm\.", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": blocks}
+
+
+# ------------------------------------------------------------------------------------------------ official checkpoints
+
+_NAMES = [
+    (r"^transitions\.0\.", "stages.1.downsample."),
+    (r"^transitions\.1\.", "stages.2.downsample."),
+    (r"^transitions\.2\.", "stages.3.downsample."),
+    (r"\.(prelkb_bn|preffn_bn)\.", ".norm."),
+    (r"\.large_kernel\.", ".large."),
+    (r"(^|\.)lkb_origin\.", r"\1main."),
+    (r"(^|\.)small_conv\.", r"\1branches.0."),
+    (r"(^|\.)lkb_reparam\.", r"\1conv."),
+    (r"\.bn\.", ".norm."),
+    (r"^stages\.(\d)\.norm\.", r"norms.\1."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+
+def convert_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The published layout (DingXiaoH/RepLKNet-pytorch) in our names: whole networks, or one large-kernel unit.
+
+    Args:
+        state: the checkpoint, with or without its ``"model"`` level.
+    """
+    converted = {}
+    for name, tensor in state.get("model", state).items():
+        for pattern, ours in _NAMES:
+            name = re.sub(pattern, ours, name)
+        converted[name] = tensor
+    return converted
+
+
+def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook at loading: official names become ours.
+
+    Raises:
+        ValueError: a merged checkpoint for a model that is not.
+    """
+    ours = convert_official(state)
+    if any(".large.conv." in key for key in ours) and not any(".large.conv." in key for key in model.state_dict()):
+        raise ValueError("the checkpoint is merged and the model is not; create the model with deploy=True.")
+    return ours
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    # The published files stand on drives that ask for a browser; load one with checkpoint_path= or isthmus convert.
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0.conv",
+        "classifier": "head.fc",
+        "license": "mit",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "replknet_31b": _cfg(),
+        "replknet_31l": _cfg(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
+        "replknet_xl": _cfg(input_size=(3, 320, 320), pool_size=(10, 10), crop_pct=1.0),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> RepLKNet:
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build_model_with_cfg(
+        RepLKNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs
+    )
+
+
+@register_model
+def replknet_31b(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
+    """79.9 M parameters, 15.3 GMACs, ImageNet 83.5."""
+    return _create("replknet_31b", pretrained, **kwargs)
+
+
+@register_model
+def replknet_31l(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
+    """172.7 M parameters, ImageNet 86.6 at 384 pixels after ImageNet-22K."""
+    return _create("replknet_31l", pretrained, **{"channels": (192, 384, 768, 1536), **kwargs})
+
+
+@register_model
+def replknet_xl(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
+    """335.4 M parameters, kernels up to 27x27 on 1.5 times the channels, ImageNet 87.8 at 320 pixels."""
+    sizes = {
+        "large_kernel_sizes": (27, 27, 27, 13),
+        "channels": (256, 512, 1024, 2048),
+        "small_kernel": None,
+        "dw_ratio": 1.5,
+    }
+    return _create("replknet_xl", pretrained, **{**sizes, **kwargs})
