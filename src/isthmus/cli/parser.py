@@ -44,11 +44,8 @@ class _Parser(argparse.ArgumentParser):
             known = [choice.strip(" '") for choice in choices.split(",")]
             near = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
             noun = "command" if what == "COMMAND" else what
-            message = (
-                f"there is no {noun} {given!r}; "
-                + ("nearest: " if near else "it is one of ")
-                + ", ".join(near or known)
-            )
+            told = f"nearest: {', '.join(near)}" if near else f"it is one of {', '.join(known)}"
+            message = f"there is no {noun} {given!r}; {told}"
         self.exit(2, f"isthmus: {message.rstrip('.')}. `{self.prog} --help` shows how it is used.\n")
 
 
