@@ -4,6 +4,7 @@
 Read ``tensor.py`` first (the carrier), then ``convs.py`` (the published algorithm), then ``tiles.py`` (the fast one).
 """
 
+from .check import check_leaks
 from .context import SparseContext, upsample_mask
 from .features import run_sparse, sparse_features
 from .functional import (
@@ -18,6 +19,7 @@ from .tensor import SparseTensor, sparse_form
 __all__ = [
     "SparseContext",
     "SparseTensor",
+    "check_leaks",
     "run_sparse",
     "sparse_avg_pool2d",
     "sparse_batch_norm",

@@ -62,6 +62,7 @@ class SparseContext:
         self.sync = sync
         self.grad = torch.is_grad_enabled()
         self.names: dict[int, str] = {}  # id of a module -> its name in the encoder, for error messages
+        self.leaks: list[str] = []  # under poison: modules in which NaN reached a visible place
         self._masks: dict[tuple, Tensor] = {}
         self.tables: dict[tuple, Any] = {}  # gather tables of tiled.py, by (operation, geometry)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from isthmus.codec import UserError
 
 from .ops import channel_axes
-from .tensor import NCHW, Padding, SparseTensor, hide, no_form, sparse_form
+from .tensor import NCHW, Padding, SparseTensor, calling_module, hide, no_form, sparse_form
 
 Pair = tuple[int, int]
 
@@ -41,7 +41,7 @@ def new_map(function: Any, x: SparseTensor, canvas: Tensor, owned: bool = False)
         else:
             values = hide(canvas, x.context, extent, NCHW, False)
     except UserError as error:
-        raise no_form(function, x, None, str(error)) from None
+        raise UserError(f"{function.__name__} in {calling_module(x.context)}: {error}") from None
     return SparseTensor(values, x.context, extent, False)
 
 
@@ -50,15 +50,15 @@ def back(x: SparseTensor, result: SparseTensor) -> SparseTensor:
     return result.as_tiles() if x.tiled and result.tile is not None else result
 
 
-@sparse_form(F.pad, torch._C._nn.pad, torch.constant_pad_nd)
+@sparse_form(F.pad, torch.constant_pad_nd)
 def pad(function: Any, x: SparseTensor, pad: Any, mode: str = "constant", value: float | None = None) -> SparseTensor:
     """Padding of rows and columns waits for the convolution or pool that follows; channels are padded with zeros."""
     pad = list(pad)
     value = 0.0 if value is None else float(value)
-    if (x.axes == NCHW and len(pad) <= 4) or not any(pad[4:]):
+    if (x.axes == NCHW and len(pad) <= 4) or not any(pad[4:]):  # negative numbers crop
         left, right, top, bottom = (pad + [0, 0, 0, 0])[:4]
-        if x.axes != NCHW or min(left, right, top, bottom) < 0:
-            raise no_form(function, x, None, "it crops the map or pads rows and columns of a channels-last one")
+        if x.axes != NCHW:
+            raise no_form(function, x, None, "it pads rows and columns of a channels-last map")
         if x.padding is not None:
             if (x.padding.mode, x.padding.value) != (mode, value) or mode != "constant":
                 raise no_form(function, x, None, "two paddings of different kinds in a row")
@@ -196,6 +196,20 @@ def interpolate(
         x.as_canvas().cleaned(), size, scale_factor, mode, align_corners, recompute_scale_factor, antialias=antialias
     )
     return back(x, new_map(function, x, canvas))
+
+
+def crop(x: SparseTensor, rows: slice, columns: slice) -> SparseTensor:
+    """Part of a map, or every second pixel of it, as a map of its new size."""
+    step = rows.step or 1
+    whole = rows.indices(x.extent[0]) == (0, x.extent[0], step) and columns.indices(x.extent[1]) == (
+        0,
+        x.extent[1],
+        step,
+    )
+    if x.tiled and whole and not any(p % step for p in x.values.shape[-2:]):
+        values = x.values[:, :, ::step, ::step]
+        return SparseTensor(values, x.context, (x.extent[0] // step, x.extent[1] // step), True)
+    return back(x, new_map(Tensor.__getitem__, x, x.as_canvas().cleaned()[:, :, rows, columns]))
 
 
 @sparse_form(F.pixel_unshuffle, F.pixel_shuffle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def run_sparse(encoder: Callable[[Tensor], Any], x: Tensor, context: SparseConte
         if not isinstance(output, SparseTensor) or output.axes != NCHW or output.padding is not None:
             kind = f"{tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise UserError(f"output {level} of the encoder is no sparse map (B, C, H, W): {kind}.")
-    return outputs
+    return cast(list[SparseTensor], outputs)
 
 
 def image_carrier(x: Tensor, context: SparseContext) -> SparseTensor:

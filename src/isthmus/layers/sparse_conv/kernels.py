@@ -121,7 +121,9 @@ class WindowConv(torch.autograd.Function):
             del windows
         if for_rows and not strided:
             turned = turn(weight, g.groups)
-            grad_rows = as_rows(F.conv2d(gather(gradient.contiguous(), g.turned_window()), turned, None, 1, 0, g.dilation, g.groups))
+            grad_rows = as_rows(
+                F.conv2d(gather(gradient.contiguous(), g.turned_window()), turned, None, 1, 0, g.dilation, g.groups)
+            )
         return grad_rows, grad_weight, gradient.sum(0) if for_bias else None, None
 
 
@@ -139,8 +141,7 @@ class TapConv(torch.autograd.Function):
         pending = []
         for tap, (source, target) in enumerate(g.taps()):
             if len(target) == length and out is None:  # usually the central tap: every output reads through it
-                picked = rows if g.stride == (1, 1) and len(source) == rows.shape[0] and tap * 2 == len(g.taps()) - 1 else rows.index_select(0, source)
-                out = F.linear(picked, matrices[:, tap], bias)
+                out = F.linear(rows.index_select(0, source), matrices[:, tap], bias)
             elif len(target):
                 pending.append(tap)
         if out is None:
@@ -157,13 +158,15 @@ class TapConv(torch.autograd.Function):
         g: Geometry = ctx.g
         for_rows, for_weight, for_bias, _ = ctx.needs_input_grad
         grad_rows = rows.new_zeros(rows.shape) if for_rows else None
-        grad_matrices = torch.zeros_like(matrices) if for_weight else None
+        grad_matrices = torch.empty_like(matrices) if for_weight else None
         for tap, (source, target) in enumerate(g.taps()):
             if not len(target):
+                if grad_matrices is not None:
+                    grad_matrices[:, tap] = 0
                 continue
             sent = gradient.index_select(0, target)
             if grad_matrices is not None:
-                grad_matrices[:, tap] = sent.t() @ rows.index_select(0, source)
+                torch.mm(sent.t(), rows.index_select(0, source), out=grad_matrices[:, tap])
             if grad_rows is not None:
                 grad_rows.index_add_(0, source, sent @ matrices[:, tap])
         grad_weight = None

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context import SparseContext
-from .ops import channel_axes, variants
+from .ops import channel_axes
 from .reduce import _variance
 from .tensor import NCHW, SparseTensor, no_form, sparse_form
+from .tiles import PutRows, TakeRows
 
 
 def rows_of(x: SparseTensor) -> Tensor:
@@ -21,7 +21,7 @@ def rows_of(x: SparseTensor) -> Tensor:
     if x.tiled:
         return x.values.permute(0, 2, 3, 1).reshape(-1, x.values.shape[1])
     rows = x.values.permute(0, 2, 3, 1).reshape(-1, x.values.shape[1])
-    return rows.index_select(0, x.context.pixels(x.extent))
+    return TakeRows.apply(rows, x.context.pixels(x.extent))
 
 
 def map_of(rows: Tensor, x: SparseTensor) -> SparseTensor:
@@ -30,8 +30,7 @@ def map_of(rows: Tensor, x: SparseTensor) -> SparseTensor:
         shape = (x.values.shape[0], *x.values.shape[2:], rows.shape[1])
         return x.like(rows.view(shape).permute(0, 3, 1, 2))
     height, width = x.extent
-    canvas = rows.new_zeros(x.context.batch * height * width, rows.shape[1])
-    canvas = canvas.index_copy(0, x.context.pixels(x.extent), rows)
+    canvas = PutRows.apply(rows, x.context.pixels(x.extent), x.context.batch * height * width)
     values = canvas.view(x.context.batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
     return x.finish(values, clean=True)
 
@@ -63,8 +62,7 @@ def batch_norm(
     if training and len(rows) < 2 and not (x.context.sync and _world() > 1):
         raise no_form(function, x, None, "it needs more than one visible pixel to train; use a larger batch or image")
     if _recomputing():  # the first pass has moved the running statistics already
-        running_mean = None if running_mean is None else running_mean.clone()
-        running_var = None if running_var is None else running_var.clone()
+        running_mean, running_var = _copy(running_mean), _copy(running_var)
     if training and x.context.sync and _world() > 1:
         rows = _synchronised(rows, running_mean, running_var, weight, bias, momentum, eps, None)
     else:
@@ -88,6 +86,10 @@ def normalise_rows(
     """
     pictures = rows[:, :, None, None]
     return F.batch_norm(pictures, running_mean, running_var, weight, bias, training, momentum, eps)[:, :, 0, 0]
+
+
+def _copy(statistic: Tensor | None) -> Tensor | None:
+    return None if statistic is None else statistic.clone()
 
 
 def _world() -> int:
@@ -159,7 +161,7 @@ class SyncForward:
         group = module.process_group
         arguments = (module.running_mean, module.running_var, module.weight, module.bias)
         if _recomputing():
-            arguments = (*(None if s is None else s.clone() for s in arguments[:2]), *arguments[2:])
+            arguments = (_copy(arguments[0]), _copy(arguments[1]), arguments[2], arguments[3])
         if training and _world() > 1:
             result = map_of(_synchronised(rows_of(x), *arguments, momentum, module.eps, group), x)
         else:
@@ -196,7 +198,7 @@ def group_norm(
         raise no_form(function, x)
     channels = x.values.shape[1]
     grouped: Any = x.unflatten(1, (num_groups, channels // num_groups))
-    variance, mean = _variance(grouped, (-3, -2, -1), 0)
+    variance, mean = _variance(grouped, [-3, -2, -1], 0)
     scale = torch.rsqrt(variance + eps)
     ones = x.values.new_ones(channels) if weight is None else weight
     scale = (scale * ones.view(1, num_groups, -1, 1, 1)).flatten(1, 2)
@@ -223,6 +225,3 @@ def instance_norm(
     if running_mean is not None or not use_input_stats:
         raise no_form(function, x, None, "running statistics of instance norm")
     return group_norm(function, x, x.values.shape[1], weight, bias, eps)
-
-
-__all__ = ["SparseContext", "SyncForward", "map_of", "rows_of", "variants"]

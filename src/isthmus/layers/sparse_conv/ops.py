@@ -23,7 +23,7 @@ def variants(*names: str) -> list[Any]:
     """Every function of these names in torch, Tensor and torch.nn.functional, in-place twins included."""
     found: list[Any] = []
     for name in names:
-        for space in (torch, Tensor, F, torch._C._nn, torch.special):
+        for space in (torch, Tensor, F, torch.special):
             dunders = (f"__{name}__", f"__i{name}__", f"__r{name}__") if name in _OPERATORS else ()
             for spelling in (name, f"{name}_", *dunders):
                 function = getattr(space, spelling, None)
@@ -50,13 +50,31 @@ def is_inplace(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bo
     return position is not None and len(args) > position and bool(args[position])
 
 
+def out_of_place(
+    function: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+    """The same call without writing into its argument. Needed where the result is masked after it (its old values may
+    be wanted for a gradient), and better on views, whose in-place gradients torch computes by copying."""
+    name = function.__name__
+    if name.startswith("__i"):
+        return getattr(Tensor, f"__{name[3:]}"), args, kwargs
+    if name.endswith("_"):
+        twin = getattr(Tensor, name[:-1], None) or getattr(torch, name[:-1], None) or getattr(F, name[:-1])
+        return twin, args, kwargs
+    if "inplace" in kwargs:
+        return function, args, {**kwargs, "inplace": False}
+    position = _POSITIONS[function]
+    return function, [*args[:position], False, *args[position + 1 :]], kwargs
+
+
 # ------------------------------------------------------------------------------------------------------- pointwise
 
 #: f(0) = 0 whatever the other operands are.
 ZERO = variants(
-    "relu", "relu6", "gelu", "silu", "mish", "hardswish", "leaky_relu", "elu", "celu", "selu", "tanh", "prelu",
-    "rrelu", "hardshrink", "softshrink", "tanhshrink", "softsign", "abs", "neg", "square", "mul", "multiply",
-    "sin", "erf", "sign", "dropout", "nan_to_num", "contiguous", "clone", "detach", "float", "double", "half", "bfloat16", "type_as", "to",
+    "relu", "relu6", "gelu", "silu", "mish", "hardswish", "leaky_relu", "elu", "celu", "selu", "tanh", "rrelu",
+    "hardshrink", "softshrink", "tanhshrink", "softsign", "abs", "neg", "square", "mul", "multiply", "sin", "erf",
+    "sign", "dropout", "nan_to_num", "contiguous", "clone", "detach", "float", "double", "half", "bfloat16",
+    "type_as", "to",
 )  # fmt: skip
 #: Zero where every operand is.
 ALL = variants("add", "sub", "subtract", "rsub", "maximum", "minimum", "lerp", "addcmul")
@@ -125,7 +143,6 @@ def _pointwise(function: Any, args: Sequence[Any], kwargs: dict[str, Any], clean
     aligned = iter(align(found, function)) if len(found) > 1 or found[0].padding is not None else iter(found)
     lead: SparseTensor | None = None
     values: list[Any] = []
-    keys = [None] * len(args) + list(kwargs)
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, SparseTensor):
             carrier = next(aligned)
@@ -145,10 +162,9 @@ def _pointwise(function: Any, args: Sequence[Any], kwargs: dict[str, Any], clean
             plain.append(localise(value, lead))
         else:
             plain.append(value)
-    if inplace and not clean and not ones:
-        plain[0] = plain[0].clone()  # its old values may be needed for a gradient, and the result is masked anew
-    positional = plain[: len(args)]
-    named = {str(key): value for key, value in zip(keys[len(args) :], plain[len(args) :], strict=True)}
+    positional, named = plain[: len(args)], dict(zip(kwargs, plain[len(args) :], strict=True))
+    if inplace and (not clean or ones or (torch.is_grad_enabled() and plain[0]._is_view())):
+        function, positional, named = out_of_place(function, positional, named)
     result = lead.finish(function(*positional, **named), clean=clean)
     return target.become(result) if inplace and isinstance(target, SparseTensor) else result
 
@@ -208,7 +224,16 @@ def over_channels(function: Any, x: SparseTensor, *args: Any, **kwargs: Any) -> 
     return x.finish(function(x.values, *args, **kwargs))
 
 
-@sparse_form(F.linear, torch._C._nn.linear)
+@sparse_form(*variants("prelu"))
+def prelu(function: Any, x: SparseTensor, weight: Tensor) -> SparseTensor:
+    """The weight lies along the second axis, which is the channels of ``(B, C, H, W)``."""
+    if x.axes != NCHW:
+        raise no_form(function, x)
+    channel_axes(function, x, 1)
+    return x.finish(function(x.values, weight), clean=True)
+
+
+@sparse_form(F.linear)
 def linear(function: Any, x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
     """A linear layer on channels-last maps: a 1 x 1 convolution."""
     channel_axes(function, x, -1)
@@ -322,6 +347,13 @@ def getitem(function: Any, x: SparseTensor, index: Any) -> SparseTensor:
     at = next(k for k, part in enumerate(parts) if part is Ellipsis)
     parts[at : at + 1] = [slice(None)] * (count - used)
     channel_axes(function, x, [])
+    if x.axes == NCHW and count == used == 4 and all(isinstance(part, slice) for part in parts):
+        image, channel, row, column = parts
+        if image == slice(None) and (row, column) != (slice(None), slice(None)):
+            from .convs import crop
+
+            x, row, column = crop(x, row, column), slice(None), slice(None)
+            parts = [image, channel, row, column]
     kept: list[int | None] = []  # for every axis of the result, the axis of x that it came from
     axis = -count
     for part in parts:

@@ -57,7 +57,7 @@ def per_image(x: SparseTensor, per_tile: Tensor, how: str = "sum") -> Tensor:
     return joined.masked_fill(joined == -math.inf, 0)  # an image of which nothing is visible
 
 
-def total(x: SparseTensor, dims: Sequence[int], how: str = "sum") -> Tensor:
+def total(x: SparseTensor, dims: list[int], how: str = "sum") -> Tensor:
     """Sum or maximum over visible pixels, kept axes."""
     values = x.cleaned()
     if how == "amax":
@@ -87,7 +87,7 @@ def _drop(values: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
     return values if keepdim else values.squeeze(tuple(dims))
 
 
-def mean(x: SparseTensor, dims: Sequence[int]) -> Tensor:
+def mean(x: SparseTensor, dims: list[int]) -> Tensor:
     """Mean over visible pixels, kept axes."""
     return total(x, dims) / count(x, dims)
 
@@ -126,7 +126,7 @@ def extreme(function: Any, x: SparseTensor, dim: Any = None, keepdim: bool = Fal
     return _drop(high, dims, keepdim)
 
 
-def _variance(x: SparseTensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor]:
+def _variance(x: SparseTensor, dims: list[int], correction: float) -> tuple[Tensor, Tensor]:
     """Variance and mean over visible pixels, kept axes."""
     centre = mean(x, dims)
     deviation = x - centre

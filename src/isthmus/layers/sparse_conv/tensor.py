@@ -70,6 +70,8 @@ class SparseTensor(Tensor):
         axes: tuple[int, int, int] = NCHW,
         padding: Padding | None = None,
     ) -> SparseTensor:
+        if context.grad and not torch.is_grad_enabled():
+            refuse_lost_gradient(context)
         shape = list(values.shape)
         for axis, length in zip(axes, (context.batch, *extent), strict=True):
             shape[axis] = length
@@ -203,6 +205,8 @@ def hide(
     """A canvas with zeros where hidden (NaN under poison); ``clean`` says that they are zero already."""
     if context.poison and values.is_floating_point():
         mask = place_mask(context, extent, axes, values.dim(), torch.bool)
+        if (values.isnan() & mask).any():
+            context.leaks.append(calling_module(context))
         return values.masked_fill(~mask, float("nan"))
     if clean:
         return values
@@ -253,20 +257,20 @@ def no_form(func: Any, args: Any = (), kwargs: Any = None, why: str = "") -> Use
     if name == "__get__":
         name = f"Tensor.{getattr(getattr(func, '__self__', None), '__name__', 'attribute')}"
     shape = f" on a map of shape {tuple(carrier.shape)}" if carrier is not None else ""
-    where = calling_module(carrier)
+    where = calling_module(carrier.context if carrier is not None else None)
     return UserError(
         f"{name}{shape} in {where} has no sparse form{': ' + why if why else ''}; hidden pixels would leak through it. "
         "Choose a convolutional encoder without it, or only the levels before it."
     )
 
 
-def calling_module(carrier: SparseTensor | None) -> str:
+def calling_module(context: SparseContext | None) -> str:
     """``'stages.2.blocks.0.attn' (Attention)``: the innermost module of the model on the call stack.
 
     Walking the stack costs nothing until something is refused, and needs no hooks in the model.
     """
-    names = carrier.context.names if carrier is not None else {}
-    frame = sys._getframe(1)
+    names = context.names if context is not None else {}
+    frame: Any = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module):
@@ -275,3 +279,22 @@ def calling_module(carrier: SparseTensor | None) -> str:
             return f"{name!r} ({kind})" if name else kind
         frame = frame.f_back
     return "the encoder"
+
+
+def refuse_lost_gradient(context: SparseContext) -> None:
+    """Raise if this runs inside a ``torch.autograd.Function``: a carrier passes through it without its history.
+
+    Reentrant activation checkpointing is one. A plain ``torch.no_grad()`` block, as around a frozen stage, is fine.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("ctx"), torch.autograd.function.FunctionCtx):
+            if "run_function" in frame.f_locals:
+                raise UserError(
+                    "sparse maps need activation checkpointing with use_reentrant=False (timm's default); "
+                    f"{calling_module(context)} uses the reentrant kind, through which no gradient would flow."
+                )
+            raise UserError(
+                f"{calling_module(context)} applies a torch.autograd.Function of its own, which has no sparse form."
+            )
+        frame = frame.f_back

@@ -99,7 +99,9 @@ def _convolve(
     if kernel == stride and dilation == (1, 1) and before == (0, 0):  # patches that do not overlap
         if groups > 1:
             return F.conv2d(values, weight, bias, stride, 0, 1, groups)
-        patches = values.permute(0, 2, 3, 1).unflatten(2, (out_tile[1], stride[1])).unflatten(1, (out_tile[0], stride[0]))
+        patches = (
+            values.permute(0, 2, 3, 1).unflatten(2, (out_tile[1], stride[1])).unflatten(1, (out_tile[0], stride[0]))
+        )
         patches = patches.transpose(2, 3).flatten(3).flatten(0, 2)
         return as_picture(F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias), out_tile)
     geometry = Geometry(x.context, x.extent, kernel, stride, before, dilation, groups)
@@ -132,7 +134,7 @@ def tiled_pool2d(
         return None
     if kind == "max" and x.padding is not None and not any(padding):
         outside = x.padding.value
-    before = fits(x, reach, stride, ((padding[0],) * 2, (padding[1],) * 2), ceil_mode, outside)
+    before = fits(x, reach, stride, ((padding[0], padding[0]), (padding[1], padding[1])), ceil_mode, outside)
     if before is None or not len(x.values):
         return None
     if reach == stride and before == (0, 0):
