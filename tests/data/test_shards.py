@@ -177,7 +177,16 @@ def test_streams_have_no_epochs_and_no_limit(pattern):
         data.steps_per_epoch(stream(pattern), 8)
     with pytest.raises(UserError, match="takes no limit"):
         data.load(pattern + "?limit=3", "all")
-    assert len(stream(pattern).head(3)) == 3
+
+
+def test_the_first_samples_of_a_stream_can_be_looked_at(pattern):
+    dataset = stream(pattern)
+    assert [int(dataset[i]["label"]) for i in (3, 0, 30)] == [3, 0, 30]
+    assert dataset.fetch([7, 14])["image"].shape[0] == 2
+    with pytest.raises(UserError, match="has 80 readable samples"):
+        dataset[80]
+    with pytest.raises(UserError, match="is a stream"):
+        dataset[10**6]
 
 
 def test_words_for_labels_are_refused_with_a_way_out(tmp_path):

@@ -67,7 +67,7 @@ class Columns:
     ) -> None:
         if boxes_format not in _FORMATS:
             raise UserError(f"{name}: boxes_format must be {', '.join(_FORMATS)}, got {boxes_format!r}.")
-        self.features, self.folder, self._format = features, folder, _FORMATS[boxes_format]
+        self.features, self.folder, self.boxes_format = features, folder, boxes_format
         self.source = _resolve(name, features, renames)
         self.names: dict[str, list[str]] = {}
         for column, path in self.source.items():
@@ -133,7 +133,7 @@ class Columns:
             return as_image(value) if column == "image" else as_mask(value)
         if column == "boxes":
             boxes = torch.as_tensor(np.asarray(value, dtype=np.float32).reshape(-1, 4))
-            return self._format(boxes)
+            return _FORMATS[self.boxes_format](boxes)
         if column == "labels":
             return torch.tensor([self._number(column, each) for each in value], dtype=torch.int64)
         if column in ("label", "subject"):

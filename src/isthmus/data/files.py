@@ -19,7 +19,7 @@ from isthmus.data.splits import divide, part_of, spaced
 
 
 class _File(NamedTuple):
-    path: Path
+    path: str
     name: str  # relative to the folder, with forward slashes
     key: str  # the same without the split's folder: what the hash split sees
     label: str | None
@@ -51,7 +51,7 @@ class Folder(Dataset):
         file = self.files[index]
         sample: dict[str, Any] = {}
         if "image" in self.wanted:
-            sample["image"] = decode_image(file.path)
+            sample["image"] = decode_image(Path(file.path))
         if "label" in self.wanted and file.label is not None:
             sample["label"] = torch.tensor(self._numbers[file.label])
         return sample
@@ -72,18 +72,18 @@ def load(
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(_no_folder(name, root))
-    parts = {child.name: part for child in sorted(root.iterdir()) if child.is_dir() and (part := part_of(child.name))}
+    parts = {child.name: part for child in root.iterdir() if child.is_dir() and (part := part_of(child.name))}
     files: list[_File] = []
     others: list[str] = []
-    for file in _walk(root):
-        relative = file.relative_to(root)
-        if file.suffix.lower() not in IMAGE_SUFFIXES:
-            others.append(relative.as_posix())
+    for relative in _walk(str(root)):
+        if not relative.lower().endswith(IMAGE_SUFFIXES):
+            others.append(relative)
             continue
-        part = parts.get(relative.parts[0]) if len(relative.parts) > 1 else None
-        inner = relative.parts[1:] if part else relative.parts
-        label = inner[0] if len(inner) > 1 else None
-        files.append(_File(file, relative.as_posix(), "/".join(inner), label, part))
+        first, slash, inner = relative.partition("/")
+        part = parts.get(first) if slash else None
+        inner = inner if part else relative
+        label, slash, _ = inner.partition("/")
+        files.append(_File(f"{root}/{relative}", relative, inner, label if slash else None, part))
     if not files:
         told = f"; it has {len(others)} other files, such as {others[0]}" if others else "; it is empty"
         raise UserError(f"{root} holds no image (looked for {', '.join(IMAGE_SUFFIXES)}){told}.")
@@ -100,8 +100,8 @@ def load(
     return keep_small(Folder(name, columns, wanted, chosen, classes))
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Every visible file below ``root``, sorted, links followed once."""
+def _walk(root: str) -> Iterator[str]:
+    """The names of the visible files below ``root``, with forward slashes, sorted folder by folder, links followed once."""
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -110,7 +110,9 @@ def _walk(root: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(each for each in folders if not each.startswith((".", "__MACOSX")))
-        yield from (Path(folder) / each for each in sorted(files) if not each.startswith("."))
+        below = folder[len(root) :].replace(os.sep, "/").strip("/")
+        start = f"{below}/" if below else ""
+        yield from (start + each for each in sorted(files) if not each.startswith("."))
 
 
 def _no_folder(name: str, root: Path) -> str:

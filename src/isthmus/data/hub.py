@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -59,7 +60,7 @@ def load(
         UserError: no such data set, no network, a configuration is wanted, a column is missing.
     """
     where: dict[str, Any] = {"path": repo, "name": config or None, "revision": revision or None}
-    with quiet(name):
+    with _asking_for_a_config(name), quiet(name):
         if stream == -1:
             size = datasets.load_dataset_builder(**where).info.download_size
             stream = int((size or 0) > _STREAM_ABOVE)
@@ -86,3 +87,13 @@ def load(
     for column in columns.wordy(wanted):
         columns.learn(column, columns.values(table.select_columns(columns.top([column])), column))
     return keep_small(Table(name, table, rows, columns, wanted, list(zip(starts, parts, strict=False))))
+
+
+@contextmanager
+def _asking_for_a_config(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        if "config name is missing" in str(error).lower():
+            raise UserError(f"{error} Here: {name}{'&' if '?' in name else '?'}config=…") from error
+        raise

@@ -4,6 +4,7 @@ A pattern is a file, a folder, a glob, or names with a range in braces, on the d
 ``datasets`` opens: ``shards:data/train-*.tar``, ``shards:hf://datasets/user/set/{0000..0099}.tar``. Shards whose names
 say train, val(idation) or test are those parts. Where val or test is missing and there are ten training shards or more,
 every tenth shard is held out for each; ``all`` takes everything.
+
 How a stream is shuffled, shared and resumed: :mod:`isthmus.data.streams`.
 """
 
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from isthmus.codec import UserError
 from isthmus.data.columns import Columns
 from isthmus.data.dataset import pick_needs
-from isthmus.data.splits import PARTS, check_split, part_of
+from isthmus.data.splits import PARTS, check_split
 from isthmus.data.streams import Shard, Stream
 from isthmus.data.tables import encoded, file_part, find, quiet
 
@@ -73,7 +74,7 @@ def stream_of(
         raw = encoded(table)
         for i in range(raw.num_shards):
             shards.append(Shard(f"{key} shard {i}", partial(raw.shard, raw.num_shards, i)))
-            labels.append(parts[key] if part_of(key) else None)
+            labels.append(parts[key])
     return _stream(name, shards, _chosen(name, shards, labels, split), needs, renames, boxes_format, buffer)
 
 
@@ -176,14 +177,15 @@ def _is_cut(path: str) -> bool:
 def _shard(name: str, path: str) -> Shard:
     kind = "parquet" if path.endswith(".parquet") else "webdataset"
 
-    def opened() -> Any:
-        with quiet(name):
-            return encoded(datasets.load_dataset(kind, data_files=[path], split="train", streaming=True))
-
     length = None
     if kind == "parquet" and "://" not in path:
         try:
             length = pq.read_metadata(path).num_rows
         except (OSError, pa.ArrowException):
             length = 0
-    return Shard(name, opened, length)
+    return Shard(name, partial(_open, name, kind, path), length)
+
+
+def _open(name: str, kind: str, path: str) -> Any:
+    with quiet(name):
+        return encoded(datasets.load_dataset(kind, data_files=[path], split="train", streaming=True))

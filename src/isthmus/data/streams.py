@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:  # ``datasets`` takes a second to import, and the built-in sou
     from isthmus.data.columns import Columns
 
 
+#: How far :meth:`Stream.samples` reads on and keeps what it read.
+MOST_AHEAD = 4096
+
+
 class Shard(NamedTuple):
     """A file of samples: its name, how it is opened, and how many rows it has where that is known beforehand."""
 
@@ -34,6 +39,8 @@ class Shard(NamedTuple):
 
 class Stream:
     """Samples in an order of the source's own. It has no length; :meth:`batches` gives what training needs.
+
+    ``stream[i]`` and ``stream.fetch(range(n))`` read on from the start, for a look at the first few samples.
 
     Args:
         name: of the source.
@@ -59,6 +66,7 @@ class Stream:
         self.columns = tuple(columns.source)
         self.classes = columns.names.get("label") or columns.names.get("labels")
         self.skipped: list[tuple[str, str]] = []
+        self._ahead: tuple[list[dict[str, Any]], Iterator[dict[str, Any]]] | None = None
         self._lengths = {i: shard.length for i, shard in enumerate(self.shards) if shard.length is not None}
 
     def batches(
@@ -95,14 +103,37 @@ class Stream:
                 batch = as_floats(collate([each.one(s, generator) for s in chunk] if each else chunk))
                 yield whole(batch, generator) if whole else batch
 
-    def head(self, count: int) -> list[dict[str, Any]]:
-        """The first readable samples, to look at."""
-        places = self._raw(range(len(self.shards)), 0)
-        return list(itertools.islice((sample for place in places if (sample := self._read(*place))), count))
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.samples([index])[0]
+
+    def samples(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> list[dict[str, Any]]:
+        """Of the readable samples in order, those of some numbers below :data:`MOST_AHEAD`.
+
+        Raises:
+            UserError: a larger number, or one behind the end.
+        """
+        wanted = [int(i) for i in indices]
+        if wanted and not 0 <= min(wanted) <= max(wanted) < MOST_AHEAD:
+            raise UserError(f"{self.name} is a stream; only its first {MOST_AHEAD} samples can be asked for by number.")
+        if self._ahead is None:
+            places = self._raw(range(len(self.shards)), 0)
+            self._ahead = [], (sample for place in places if (sample := self._read(*place)))
+        held, rest = self._ahead
+        held += itertools.islice(rest, max(0, max(wanted, default=-1) + 1 - len(held)))
+        if wanted and max(wanted) >= len(held):
+            raise UserError(f"{self.name} has {len(held)} readable samples, asked for number {max(wanted)}.")
+        return [held[i] for i in wanted]
+
+    def fetch(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> dict[str, Any]:
+        """:meth:`samples` as a batch, see :func:`isthmus.data.dataset.collate`."""
+        return collate(self.samples(indices))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": None}  # a worker starts anew
 
     # ----------------------------------------------------------------------------------------------------- internals
 
-    def samples(self, seed: int, reader: int, readers: int, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def endless(self, seed: int, reader: int, readers: int, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """``(epoch, sample)`` of one of ``readers`` readers, without end, from its sample number ``start``."""
         epoch, place = self._locate(seed, reader, readers, start)
         while True:
@@ -136,7 +167,7 @@ class Stream:
             if not start or start < held:
                 return epoch, start
             if not held:
-                return epoch, 0  # nothing here: ``samples`` says so
+                return epoch, 0  # nothing here: ``endless`` says so
             start -= held
         raise AssertionError
 
@@ -240,7 +271,7 @@ class _Plan(IterableDataset):
         done = first // self.workers
         role = first % self.workers
         reader, readers = self.rank * self.workers + role, self.world * self.workers
-        samples = self.stream.samples(self.seed, reader, readers, done * self.share)
+        samples = self.stream.endless(self.seed, reader, readers, done * self.share)
         for step in itertools.count(first, self.workers):
             chunk = list(itertools.islice(samples, self.share))
             batch = as_floats(collate([self._one(epoch, sample) for epoch, sample in chunk]))
