@@ -1,6 +1,7 @@
 """A batch is a function of (seed, step): over restarts, devices and workers."""
 
 import itertools
+import pickle
 import warnings
 
 import numpy as np
@@ -156,3 +157,14 @@ def test_hashed_integers_fill_their_range_evenly():
     counts = np.bincount(hashing.below(hashing.words(0, np.arange(7000), 1)[:, 0], 7), minlength=7)
     assert counts.sum() == 7000
     assert abs(counts - 1000).max() < 5 * np.sqrt(1000)
+
+
+@pytest.mark.parametrize("source", ["digits", "photos:300?count=8", "random:8", "scenes:16?count=8"])
+def test_datasets_travel_to_workers_that_start_anew(source):
+    dataset = data.load(source)
+    twin = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(twin[5]["image"], dataset[5]["image"])
+
+
+def test_folders_travel_to_workers_that_start_anew(mixed):
+    assert torch.equal(pickle.loads(pickle.dumps(mixed))[3]["image"], mixed[3]["image"])

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import pickle
 import tarfile
 import warnings
 
@@ -193,3 +194,12 @@ def test_words_for_labels_are_refused_with_a_way_out(tmp_path):
     write(tmp_path / "train-0.parquet", label=["cat", "dog"] * 10)
     with pytest.raises(UserError, match="stream=0"):
         data.load(f"parquet:{tmp_path}?stream=1", needs=("image", "label"))
+
+
+def test_streams_and_tables_travel_to_workers_that_start_anew(pattern, tmp_path):
+    dataset = stream(pattern)
+    dataset[0]
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[2]["image"], dataset[2]["image"])
+    write(tmp_path / "a.parquet", size=(200, 200))
+    table = data.load(f"parquet:{tmp_path / 'a.parquet'}", "all")
+    assert torch.equal(pickle.loads(pickle.dumps(table))[2]["image"], table[2]["image"])

@@ -76,6 +76,19 @@ def test_a_box_outside_the_crop_is_dropped_with_its_label():
     assert out["boxes"][0].tolist() == [[0, 0, 20, 20]]
 
 
+@pytest.mark.parametrize("transform", [Flip(0.5), CenterCrop(24), RandomCrop(32, 4), RandomResizedCrop(24)], ids=repr)
+def test_planes_of_objects_and_depth_move_like_the_mask(transform):
+    batch = scene()
+    batch["masks"] = [mask[None] == 1 for mask in batch["mask"]]
+    batch["depth"] = batch["mask"] * 7
+    out = transform(batch, generator())
+    assert torch.equal(out["depth"], out["mask"] * 7)
+    for masks, mask, boxes in zip(out["masks"], out["mask"], out["boxes"], strict=True):
+        assert masks.dtype == torch.bool
+        assert len(masks) == len(boxes)
+        assert torch.equal(masks.any(0), mask == 1)
+
+
 def test_flip_is_its_own_inverse_and_takes_about_its_share():
     image = torch.rand(400, 3, 4, 6)
     twice = Flip(1.0)(Flip(1.0)({"image": image}, generator()), generator())["image"]

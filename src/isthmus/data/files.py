@@ -101,7 +101,7 @@ def load(
 
 
 def _walk(root: str) -> Iterator[str]:
-    """The names of the visible files below ``root``, with forward slashes, sorted folder by folder, links followed once."""
+    """Names of the visible files below ``root``, with forward slashes, sorted folder by folder, links followed once."""
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)

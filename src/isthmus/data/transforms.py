@@ -2,7 +2,8 @@
 
 A transform is called as ``transform(batch, generator) -> batch``. It draws for the global batch and keeps its own rows
 (:func:`isthmus.layers.random.rows`), so that the number of devices changes nothing, and it moves ``mask`` and ``boxes``
-along with ``image``. Images are ``(B, C, H, W)``, uint8 or float in [0, 1].
+along with ``image``, and the ``masks`` of objects and ``depth`` of scenes. Images are ``(B, C, H, W)``, uint8 or float
+in [0, 1].
 
 ``batches`` runs a transform on single samples only as far as needed: where images differ in size, up to the first one
 that gives them a fixed size.
@@ -178,8 +179,12 @@ class Flip(Transform):
         draws = rows(lambda n: torch.rand(n, generator=generator), len(image), generator)
         flipped = draws < self.p
         batch = {**batch, "image": _where(flipped, image.flip(-1), image)}
-        if isinstance(batch.get("mask"), Tensor):
-            batch["mask"] = _where(flipped, batch["mask"].flip(-1), batch["mask"])
+        for key in _planes(batch):
+            planes = batch[key]
+            if isinstance(planes, Tensor):
+                batch[key] = _where(flipped, planes.flip(-1), planes)
+            else:
+                batch[key] = [p.flip(-1) if flip else p for p, flip in zip(planes, flipped.tolist(), strict=True)]
         if "boxes" in batch:
             width = image.shape[-1]
             batch["boxes"] = [
@@ -317,8 +322,9 @@ def _padded(batch: Mapping[str, Any], total: Sequence[int]) -> dict[str, Any]:
     if not any(edges):
         return dict(batch)
     batch = {**batch, "image": F.pad(batch["image"], edges)}
-    if isinstance(batch.get("mask"), Tensor):
-        batch["mask"] = F.pad(batch["mask"], edges)
+    for key in _planes(batch):
+        planes = batch[key]
+        batch[key] = F.pad(planes, edges) if isinstance(planes, Tensor) else [F.pad(each, edges) for each in planes]
     if "boxes" in batch:
         batch["boxes"] = [b + b.new_tensor([left, top, left, top]) for b in batch["boxes"]]
     return batch
@@ -328,17 +334,33 @@ def _cropped(
     batch: Mapping[str, Any], windows: Sequence[tuple[int, int, int, int]], size: tuple[int, int], interpolation: str
 ) -> dict[str, Any]:
     """Every sample's window (top, left, height, width), resized to ``size``; boxes outside the window are dropped."""
-    image, mask = batch["image"], batch.get("mask")
-    batch = {**batch, "image": _windows(image, windows, size, interpolation)}
-    if isinstance(mask, Tensor):
-        batch["mask"] = _windows(mask[:, None].float(), windows, size, "nearest-exact")[:, 0].to(mask.dtype)
+    batch = {**batch, "image": _windows(batch["image"], windows, size, interpolation)}
+    for key in _planes(batch):
+        planes = batch[key]
+        if isinstance(planes, Tensor):
+            batch[key] = _nearest(planes, windows, size)
+        else:
+            batch[key] = [_nearest(p, [window] * len(p), size) for p, window in zip(planes, windows, strict=True)]
     if "boxes" in batch:
         moved = [_moved(boxes, window, size) for boxes, window in zip(batch["boxes"], windows, strict=True)]
         kept = [(b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1]) for b in moved]
         batch["boxes"] = [b[k] for b, k in zip(moved, kept, strict=True)]
-        if "labels" in batch:
-            batch["labels"] = [each[k] for each, k in zip(batch["labels"], kept, strict=True)]
+        for key in ("labels", "masks"):
+            if isinstance(batch.get(key), list):
+                batch[key] = [each[k] for each, k in zip(batch[key], kept, strict=True)]
     return batch
+
+
+def _planes(batch: Mapping[str, Any]) -> list[str]:
+    """The columns that are laid over the image: one plane a sample, or a list with planes for every object."""
+    return [key for key in ("mask", "depth", "masks") if key in batch]
+
+
+def _nearest(planes: Tensor, windows: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> Tensor:
+    """``(N, H, W)`` planes, whose values must not be mixed, cropped and resized."""
+    if not len(planes):
+        return planes.new_zeros((0, *size))
+    return _windows(planes[:, None].float(), windows, size, "nearest-exact")[:, 0].to(planes.dtype)
 
 
 def _windows(
