@@ -29,6 +29,11 @@ def _visible() -> Tensor:
     return torch.tensor([[[1, 0], [0, 0], [0, 1]], [[1, 1], [0, 1], [1, 0]]], dtype=torch.bool)
 
 
+def _always_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spark_unet, "composition_pays", lambda _x: True)
+    monkeypatch.setattr(spark_unet, "ROWS_PAY", 1)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 3)])
 def test_composed_kernels_equal_the_two_convolutions(size: tuple[int, int], bias: bool) -> None:
@@ -52,7 +57,7 @@ def test_composed_kernels_equal_the_two_convolutions(size: tuple[int, int], bias
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_decoder_equals_the_plain_one(norm: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spark_unet, "composition_pays", lambda _x: True)
+    _always_fuse(monkeypatch)
     torch.manual_seed(0)
     plain = SparKUNet(PYRAMID, 64, norm, fused=False).double()
     fused = SparKUNet(PYRAMID, 64, norm, fused=True).double()
@@ -73,7 +78,7 @@ def test_fused_decoder_equals_the_plain_one(norm: str, training: bool, monkeypat
 
 def test_fused_decoder_stays_close_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the tolerance of the golden tensors, 2e-5 of the largest value."""
-    monkeypatch.setattr(spark_unet, "composition_pays", lambda _x: True)
+    _always_fuse(monkeypatch)
     torch.manual_seed(0)
     plain = SparKUNet(PYRAMID, 64, fused=False)
     fused = SparKUNet(PYRAMID, 64)
@@ -94,7 +99,10 @@ def test_composition_is_chosen_where_the_batch_repays_it() -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_hidden_features_are_not_read_and_tokens_stand_in_their_place(fused: bool) -> None:
+def test_hidden_features_are_not_read_and_tokens_stand_in_their_place(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _always_fuse(monkeypatch)
     torch.manual_seed(0)
     neck = Densify(PYRAMID, 64, fused=fused).eval()
     maps, visible = _maps(), _visible()

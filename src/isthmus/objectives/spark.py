@@ -43,6 +43,8 @@ class SparK(nn.Module):
         ValueError: a ratio outside (0, 1), an unknown mode, or a decoder made for another pyramid.
     """
 
+    encoder: Any
+    decoder: Any
     mean: Tensor
     std: Tensor
 
@@ -114,7 +116,7 @@ class SparK(nn.Module):
         """The pyramid of a normalised image of which only the visible patches count."""
         if self.mode == "zeroed":
             pixels = visible.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)
-            return cast(Any, self.encoder)(image * pixels[:, None])
+            return self.encoder(image * pixels[:, None])
         return sparse_features(self.encoder, image, visible, mode=self.mode)  # type: ignore[call-arg]
 
     def predict(self, image: Tensor, visible: Tensor) -> Tensor:
