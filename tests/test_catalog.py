@@ -99,6 +99,32 @@ class Config(Shared):
     assert (found["keep"].doc, found["bare"].doc) == ("hash-colon", "")
 
 
+def test_a_nested_training_becomes_its_flags(tmp_path: Path) -> None:
+    recipe = tmp_path / "toy.py"
+    recipe.write_text(
+        """
+_TRAINING = Training(steps=300, lr=1e-3)
+
+class Config:
+    pretrain: Training = _TRAINING
+
+    @classmethod
+    def paper(cls):
+        return cls(pretrain=Training(epochs=1600, lr=2e-4 * 4096 / 256))
+"""
+    )
+    found = {s.name: s for s in catalog.settings(recipe)}
+    assert (found["pretrain.steps"].default, found["pretrain.steps"].paper) == ("300", "None")
+    assert (found["pretrain.epochs"].default, found["pretrain.epochs"].paper) == ("None", "1600")
+    assert (found["pretrain.lr"].default, found["pretrain.lr"].paper) == ("0.001", "0.0032")
+    assert "learning rate" in found["pretrain.lr"].doc
+    assert {name for name, setting in found.items() if not setting.usual} == {
+        "pretrain.steps",
+        "pretrain.epochs",
+        "pretrain.lr",
+    }
+
+
 def verdict_file(folder: Path, system: str, **verdict: object) -> None:
     content = {"format": "isthmus-claims", "version": 1, "system": system, "verdicts": [verdict]}
     (folder / "claims").mkdir(exist_ok=True)

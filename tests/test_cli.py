@@ -36,8 +36,10 @@ from pathlib import Path
 from typing import Literal
 
 from isthmus.codec import UserError
+from isthmus.engine import Training
 
 needs = ("image",)
+TRAINING = Training(steps=3, lr=0.1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Config:
     """Widths."""
     mode: Literal["plain", "user", "bug", "missing", "disk", "sleep", "silent"] = "plain"
     """What goes wrong."""
+    train: Training = TRAINING
+    """How it would train."""
+    again: Training = TRAINING
+    """How it would train again."""
 
     def __post_init__(self):
         if not self.widths:
@@ -57,7 +63,7 @@ class Config:
 
     @classmethod
     def paper(cls):
-        return cls(gain=50.0, data="folder:imagenet")
+        return cls(gain=50.0, data="folder:imagenet", train=Training(epochs=7, betas=(0.8, 0.9)))
 
 
 def run(config, run):
@@ -207,7 +213,9 @@ def test_show_tells_settings_and_claims(call: Call, toy: Path) -> None:
         assert told in out, told
     _, out, _ = call("show", "toy", "--json")
     found = json.loads(out)
-    assert [setting["name"] for setting in found["settings"]] == ["data", "gain", "widths", "mode"]
+    names = [setting["name"] for setting in found["settings"] if not setting["usual"]]
+    assert names[:5] == ["data", "gain", "widths", "mode", "train.steps"]
+    assert "again.lr" in names
     assert found["measured"] is None
 
 
@@ -221,7 +229,14 @@ def test_a_run_measures_and_leaves_a_report(call: Call, toy: Path) -> None:
     assert "✓ It gains four points." in out
     assert "runs/toy/report.html" in out
     record = json.loads((toy / "runs/toy/report.json").read_text())
-    assert record["config"] == {"data": "digits", "gain": 4.5, "widths": [1, 2, 3], "mode": "plain"}
+    assert record["config"] | {"train": {}, "again": {}} == {
+        "data": "digits",
+        "gain": 4.5,
+        "widths": [1, 2, 3],
+        "mode": "plain",
+        "train": {},
+        "again": {},
+    }
     assert record["command"].startswith("isthmus run toy --out runs/toy")
     assert record["status"] == "finished"
     assert any("changed here: --gain, --widths" in note for note in record["notes"])
@@ -255,13 +270,34 @@ def test_the_paper_scale_takes_the_papers_settings_and_flags_still_count(call: C
     assert (record["scale"], record["config"]["gain"], record["config"]["data"]) == ("paper", 50.0, "digits")
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps", "epochs"),
+    [
+        (["--train.epochs", "2.5"], None, 2.5),
+        (["--train.steps", "9"], 9, None),
+        (["--scale", "paper", "--train.steps=9"], 9, None),
+        (["--scale", "paper"], None, 7),
+    ],
+)
+def test_a_length_in_epochs_takes_the_place_of_one_in_steps_and_back(
+    call: Call, toy: Path, flags: list[str], steps: int | None, epochs: float | None
+) -> None:
+    assert toy_run(call, "runs/toy", *flags)[0] == 0
+    record = json.loads((toy / "runs/toy/report.json").read_text())
+    assert (record["config"]["train"]["steps"], record["config"]["train"]["epochs"]) == (steps, epochs)
+    assert (record["config"]["again"]["steps"], record["config"]["again"]["lr"]) == (3, 0.1)
+
+
 def test_resuming_needs_only_the_folder(call: Call, toy: Path) -> None:
-    assert toy_run(call, "runs/toy", "--gain", 7, "--seed", 3, "--scale", "paper", "--widths", 1)[0] == 0
+    assert (
+        toy_run(call, "runs/toy", "--gain", 7, "--seed", 3, "--scale", "paper", "--widths", 1, "--again.lr", 1)[0] == 0
+    )
     code, out, _ = call("run", "toy", "--resume", "--out", "runs/toy")
     assert code == 0
     assert "10 points" in out
     record = json.loads((toy / "runs/toy/report.json").read_text())
     assert (record["seed"], record["scale"], record["config"]["widths"]) == (3, "paper", [1])
+    assert (record["config"]["train"]["betas"], record["config"]["again"]["lr"]) == ([0.8, 0.9], 1.0)
     code, _, err = call("run", "toy", "--resume", "--out", "runs/toy", "--gain", 8)
     assert code == 2
     assert "gain" in err
@@ -285,6 +321,8 @@ def test_help_of_a_recipe_lists_its_flags_and_teaches(call: Call, toy: Path) -> 
     ("flags", "said"),
     [
         (["--gian", "3"], "there is no flag --gian; nearest: --gain"),
+        (["--train.lrr", "3"], "there is no flag --train.lrr; nearest: --train.lr"),
+        (["--train.lr", "-3"], "lr must be above 0, got -3.0."),
         (["--zzz"], "there is no flag --zzz; `isthmus run toy --help` lists all"),
         (["--gain", "much"], "Error parsing --gain: could not convert string to float: 'much'."),
         (["--gain"], "Missing value for argument '--gain'"),
@@ -541,6 +579,7 @@ def test_convert_passes_the_recipes_own_options(call: Call, toy: Path) -> None:
         (["run", ""], {"toy"}),
         (["show", "spar"], {"spark"}),
         (["run", "toy", "--ga"], {"--gain"}),
+        (["run", "toy", "--train.l"], {"--train.lr", "--train.layer-decay"}),
         (["run", "toy", "--de"], {"--devices", "--deterministic"}),
         (["run", "toy", "--mode", "s"], {"sleep", "silent"}),
         (["run", "toy", "--data", "fo"], {"folder:"}),

@@ -75,7 +75,8 @@ def show_system(arguments: argparse.Namespace) -> int:
     _show_claims(console, system, record)
     _show_settings(console, settings)
     if system.ready:
-        console.print(Text(f"\nisthmus run {system.name}", style="bold"), "  runs it with these settings.")
+        more = "; --help lists every flag" if any(s.usual for s in settings) else ""
+        console.print(Text(f"\nisthmus run {system.name}", style="bold"), f" runs it with these settings{more}.")
     return 0
 
 
@@ -115,11 +116,19 @@ def _show_settings(console: Console, settings: list[catalog.Setting]) -> None:
         table.add_column("paper")
     table.add_column("meaning")
     for s in settings:
-        cells = [f"--{s.name.replace('_', '-')}", Text(s.default)]
-        cells += [Text(s.paper or "")] if len(table.columns) == 4 else []
+        if s.usual:
+            continue
+        cells = [f"--{s.name.replace('_', '-')}", Text(_as_typed(s.default))]
+        cells += [Text(_as_typed(s.paper or ""))] if len(table.columns) == 4 else []
         table.add_row(*cells, Text(s.doc or s.type))
     console.print("")
     console.print(table)
+
+
+def _as_typed(value: str) -> str:
+    """A value without the quotes that the command line does not need."""
+    bare = value[1:-1]
+    return bare if bare and value[0] == value[-1] and value[0] in "'\"" and " " not in bare else value
 
 
 def describe(system: System, results: Path | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -82,13 +82,29 @@ def applicable_claims(
     if not system.claims:
         return (), ""
     usual = recipe.Config()
-    changed = [f.name for f in dataclasses.fields(usual) if getattr(config, f.name) != getattr(usual, f.name)]
+    changed = _changed(config, usual)
     if "data" in changed:
         return (), "The claims are about the recipe's own data; on yours there are numbers and pictures, not verdicts."
     if scale != "laptop" or options.max_steps is not None:
         return (), "The claims are about the laptop scale at full length; this run was of another length."
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+    flags = ", ".join(f"--{name}" for name in changed)
     return system.claims, f"The claims are about the default settings; changed here: {flags}." if flags else ""
+
+
+def _changed(config: Any, usual: Any, prefix: str = "") -> list[str]:
+    """Names of the flags whose values differ, nested ones with their prefix."""
+    found = []
+    for field in dataclasses.fields(usual):
+        name, now, before = (
+            prefix + field.name.replace("_", "-"),
+            getattr(config, field.name),
+            getattr(usual, field.name),
+        )
+        if dataclasses.is_dataclass(before):
+            found += _changed(now, before, f"{name}.")
+        elif now != before:
+            found.append(name)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -112,11 +128,12 @@ def parse(system: System, recipe: ModuleType, arguments: Sequence[str]) -> tuple
     out = _value(arguments, "--out")
     if "--resume" in arguments and out and (Path(out) / "config.json").is_file():
         scale, config, options = _settings_of(Path(out), system, config, options)
+    config = _in_the_unit_given(config, arguments)
     both = dataclasses.make_dataclass(
         "Both",
         [
-            ("recipe", tyro.conf.OmitArgPrefixes[type(config)]),
-            ("run", tyro.conf.OmitArgPrefixes[RunOptions]),
+            ("recipe", Annotated[type(config), tyro.conf.arg(name="")]),
+            ("run", Annotated[RunOptions, tyro.conf.arg(name="")]),
             ("scale", Literal["laptop", "paper"], scale),
         ],
     )
@@ -133,6 +150,22 @@ def parse(system: System, recipe: ModuleType, arguments: Sequence[str]) -> tuple
         arguments,
     )
     return parsed.scale, parsed.recipe, parsed.run
+
+
+def _in_the_unit_given(config: Any, arguments: Sequence[str]) -> Any:
+    """A config in which ``--PHASE.epochs`` takes the place of the recipe's steps, and the other way round."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    for field in dataclasses.fields(config):
+        training = getattr(config, field.name)
+        if not {"steps", "epochs"} <= getattr(training, "__dataclass_fields__", {}).keys():
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        for unit, other in (("epochs", "steps"), ("steps", "epochs")):
+            if f"{flag}.{unit}" in given and f"{flag}.{other}" not in given and getattr(training, unit) is None:
+                # One of the two has to be set at all times; the flag's own value comes afterwards.
+                training = dataclasses.replace(training, **{unit: 1, other: None})
+                config = dataclasses.replace(config, **{field.name: training})
+    return config
 
 
 def check_flags(arguments: Sequence[str], known: Sequence[str], prog: str) -> None:
