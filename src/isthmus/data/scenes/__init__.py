@@ -28,7 +28,18 @@ from isthmus.data.scenes.factors import (
 from isthmus.data.scenes.render import paint, render
 from isthmus.data.scenes.sampling import RULES, Draw, sample
 from isthmus.data.scenes.space import Bias, Pairing, Space
-from isthmus.data.scenes.words import QUESTIONS, WORDS, Question, caption, question, refer, relate, size_word, split
+from isthmus.data.scenes.words import (
+    QUESTIONS,
+    WORDS,
+    Question,
+    caption,
+    question,
+    refer,
+    region,
+    relate,
+    size_word,
+    split,
+)
 
 __all__ = [
     "CANVAS",
@@ -62,6 +73,7 @@ __all__ = [
     "paint",
     "question",
     "refer",
+    "region",
     "relate",
     "render",
     "sample",

@@ -31,7 +31,9 @@ _PIXELS = 2**18  # of one chunk: what is worked on stays in the processor's cach
 _FILL = 84.0  # difference of a fill's two tones, of 255
 _PERIODS = {"gradient": 1, "stripes": 3, "checker": 2, "dots": 3, "speckle": 2, "noise": 3, "waves": 2, "bar": 4}
 _SHADOW = 30  # length of shadows, scene units
-_SOFT = 36  # width of their edges
+_SOFT = 28  # width of their edges
+_REACH = 36  # how far those reach beyond the sharpest tip, a star's: half the width over the sine of half its angle
+_UNITS = 8  # sizes of windows, to keep the groups few
 
 
 def render(
@@ -292,10 +294,10 @@ def _windows(table: Table, size: int) -> list[_Group]:
     shadowed = (table.whole("shadow")[scene] > 0).int()
     light = TURN.to(scene.device)[:, table.whole("light")[scene].remainder(360)].T
     shift = torch.div(light * -_SHADOW, 2**14, rounding_mode="floor")
-    ahead, behind = (shift + _SOFT // 2 + 1).clamp(min=0), (_SOFT // 2 + 1 - shift).clamp(min=0)
+    ahead, behind = (_REACH + shift + 1).clamp(min=0), (_REACH - shift + 1).clamp(min=0)
     middle = middle + torch.div(ahead - behind, 2, rounding_mode="floor") * shadowed[:, None]
     reach = reach + (ahead + behind).amax(1) * shadowed
-    unit = max(4, size // 8)
+    unit = max(4, size // _UNITS)
     side = torch.div(reach * size, CANVAS, rounding_mode="floor") + 4
     side = (torch.div(side + unit - 1, unit, rounding_mode="floor") * unit).clamp(max=size)
     # From far to near; absent objects come last.

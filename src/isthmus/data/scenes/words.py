@@ -80,7 +80,7 @@ def caption(scene: Scene, generator: torch.Generator | None = None) -> str:
         j = choose(i + 1)
         order[i], order[j] = order[j], order[i]
     if len(order) == 1:
-        place = "" if tail or choose(2) else " " + _region(order[0])
+        place = "" if tail or choose(2) else " " + region(order[0])
         return _article(_adorned(order[0], choose)) + place + tail
     if len(order) in (2, 3) and choose(4):
         relation = _before(*order[:2]) if choose(2) else None
@@ -216,7 +216,8 @@ def _adorned(thing: Thing, choose: Choose) -> str:
     return " ".join([*told, _name(thing)])
 
 
-def _region(thing: Thing) -> str:
+def region(thing: Thing) -> str:
+    """ "at the top left", "on the right", "in the centre"…: which ninth of the picture holds its centre."""
     column = ("left", "", "right")[min(2, max(0, thing.x * 3 // CANVAS))]
     row = ("top", "", "bottom")[min(2, max(0, thing.y * 3 // CANVAS))]
     if row and column:
