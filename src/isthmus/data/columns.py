@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -225,9 +226,17 @@ def _innermost(kind: Any) -> Any:
 
 
 def _located(value: Any, folder: Path | None) -> Any:
-    """An image given as a path starts at the table's folder."""
+    """An image given as a path starts at the table's folder; as an address, it is fetched; of several, the first counts."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Mapping, bytes)):
+        value = value[0]
     if isinstance(value, Mapping) and not value.get("bytes") and value.get("path"):
         value = value["path"]
+    if isinstance(value, str) and "://" in value:
+        try:
+            with fsspec.open(value, "rb") as file:
+                return file.read()  # type: ignore[union-attr]
+        except OSError as error:
+            raise Unreadable(f"{value} cannot be opened ({error})") from error
     return folder / value if isinstance(value, str) and folder else value
 
 

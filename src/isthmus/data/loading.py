@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from isthmus.codec import UserError
@@ -15,6 +14,7 @@ from isthmus.data.dataset import Dataset, collate
 from isthmus.data.hashing import permutation
 from isthmus.data.streams import Stream
 from isthmus.data.transforms import Transform, as_floats, divided
+from isthmus.data.workers import helped
 from isthmus.layers.random import ShardedGenerator, derive_seed
 
 
@@ -173,16 +173,8 @@ def _run(steps: _Steps | _InOrder, order: Any, workers: int) -> Iterator[dict[st
     if not workers or steps.dataset.in_memory:
         yield from (steps[step] for step in order)
         return
-    loader = DataLoader(
-        _Telling(steps),
-        batch_size=None,  # a worker's item is a whole batch
-        sampler=order,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_one_thread,
-    )
     known = set(steps.dataset.skipped)
-    for batch, skipped in loader:
+    for batch, skipped in helped(_Telling(steps), workers, order):
         for entry in skipped:
             if entry not in known:
                 known.add(entry)
@@ -198,11 +190,3 @@ class _Telling(TorchDataset):
 
     def __getitem__(self, step: int) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         return self.steps[step], list(self.steps.dataset.skipped)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

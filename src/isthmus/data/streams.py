@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from isthmus.codec import UserError
 from isthmus.data.dataset import Unreadable, collate
 from isthmus.data.hashing import permutation
 from isthmus.data.transforms import Transform, as_floats, divided
+from isthmus.data.workers import helped
 from isthmus.layers.random import ShardedGenerator, derive_seed
 
 if TYPE_CHECKING:  # ``datasets`` takes a second to import, and the built-in sources do without it
@@ -84,9 +85,7 @@ class Stream:
         plan = _Plan(self, batch_size, seed, start_step, rank, world, transform, max(1, workers))
         if not workers:
             return (batch for batch, _ in plan.read(0))
-        return self._told(
-            DataLoader(plan, batch_size=None, num_workers=workers, collate_fn=_unchanged, worker_init_fn=_one_thread)
-        )
+        return self._told(helped(plan, workers))
 
     def evaluation_batches(
         self, batch_size: int, *, transform: Transform | None = None, rank: int = 0, world: int = 1
@@ -236,7 +235,7 @@ class Stream:
         if (name, str(error)) not in self.skipped:
             self.skipped.append((name, str(error)))
 
-    def _told(self, loader: DataLoader) -> Iterator[dict[str, Any]]:
+    def _told(self, loader: Iterable[Any]) -> Iterator[dict[str, Any]]:
         for batch, skipped in loader:
             for name, reason in skipped:
                 self._skip(name, Unreadable(reason))
@@ -285,11 +284,3 @@ class _Plan(IterableDataset):
             return sample
         key = derive_seed(self.seed, "sample", epoch, int(sample["index"]))
         return self.each.one(sample, torch.Generator().manual_seed(key))
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
