@@ -226,7 +226,7 @@ def _innermost(kind: Any) -> Any:
 
 
 def _located(value: Any, folder: Path | None) -> Any:
-    """An image given as a path starts at the table's folder; as an address, it is fetched; of several, the first counts."""
+    """An image given as a path starts at the table's folder; as an address, it is fetched; of several, the first."""
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Mapping, bytes)):
         value = value[0]
     if isinstance(value, Mapping) and not value.get("bytes") and value.get("path"):
