@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from isthmus.codec import UserError
@@ -59,7 +59,7 @@ class Finite:
             return
         step, index, loss, norm = self._open
         self._open = None
-        finite_loss, finite_norm = bool(torch.isfinite(loss)), bool(torch.isfinite(norm))
+        finite_loss, finite_norm = math.isfinite(loss.item()), math.isfinite(norm.item())
         self._skipped = 0 if finite_norm else self._skipped + 1
         if self._skipped == PATIENCE:
             raise Diverged(f"gradients overflowed in {PATIENCE} steps in a row; use bf16-mixed or 32-true.")

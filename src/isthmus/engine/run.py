@@ -159,7 +159,12 @@ class Run:
     def seed_everything(self, *key: int | str) -> None:
         """Seed torch, NumPy and Python from the run's seed and ``key``: for layers that draw without a generator."""
         seed = derive_seed(self.seed, *key)
-        torch.manual_seed(seed)
+        # torch.manual_seed would, at every step, queue a call for each kind of device that is not in use.
+        torch.default_generator.manual_seed(seed)
+        if self.fabric.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.fabric.device.type == "mps":
+            torch.mps.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global state
         random.seed(seed)
 
