@@ -62,6 +62,22 @@ def test_splits_by_hash_are_disjoint_complete_and_stay_when_a_file_is_added(tmp_
     assert sum(b - a for a, b in zip(lengths, again, strict=True)) == 1
 
 
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_a_handful_of_pictures_still_fills_every_split(tmp_path, count):
+    fill(tmp_path, [f"{i}.png" for i in range(count)], size=(100, 100))
+    parts = [data.load(f"folder:{tmp_path}", part) for part in ("train", "val", "test")]
+    names = [part.identify(i) for part in parts for i in range(len(part))]
+    assert all(len(part) for part in parts)
+    assert sorted(names) == [f"{i}.png" for i in range(count)]
+
+
+def test_one_picture_cannot_be_split(tmp_path):
+    fill(tmp_path, ["0.png"])
+    assert len(data.load(f"folder:{tmp_path}")) == 1
+    with pytest.raises(UserError, match="none for the split 'test'"):
+        data.load(f"folder:{tmp_path}", "test")
+
+
 def test_split_folders_are_used_and_a_missing_one_is_carved_from_train(tmp_path):
     fill(tmp_path, [f"train/a/{i}.png" for i in range(60)] + [f"Test/a/{i}.png" for i in range(7)])
     sizes = {part: len(data.load(f"folder:{tmp_path}", part)) for part in ("train", "val", "test", "train+val")}

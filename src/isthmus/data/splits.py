@@ -2,7 +2,7 @@
 
 One rule for every source: a part that the source has is used as it is; a ``val`` or ``test`` part that it lacks is
 carved out of its ``train`` part, 10 % each, by a hash of the file name or row number; a source without a ``train``
-part is pooled and carved 80/10/10. ``train+val`` joins parts and ``all`` takes everything.
+part is pooled and carved 80/10/10, at least one sample each. ``train+val`` joins parts and ``all`` takes everything.
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ def divide(parts: Sequence[str | None], split: str, fractions: np.ndarray) -> np
     lacking = [part for part in ("val", "test") if part not in named]
     carved = named.copy()
     for slot, part in enumerate(lacking):
-        carved[(named == "train") & (fractions >= slot * _HELD_OUT) & (fractions < (slot + 1) * _HELD_OUT)] = part
+        chosen = (carved == "train") & (fractions >= slot * _HELD_OUT) & (fractions < (slot + 1) * _HELD_OUT)
+        rest = np.flatnonzero(carved == "train")
+        if not chosen.any() and len(rest) > 1:  # so few samples that chance left none: the one that is nearest
+            chosen = rest[[np.abs(fractions[rest] - (slot + 0.5) * _HELD_OUT).argmin()]]
+        carved[chosen] = part
     return np.concatenate([np.flatnonzero(carved == part) for part in PARTS if part in wanted])
 
 
