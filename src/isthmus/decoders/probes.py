@@ -262,3 +262,25 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if mine.endswith("running_mean"):
             ours.setdefault(mine.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
     return ours
+
+
+def probe_of(state: Mapping[str, Tensor]) -> nn.Module:
+    """The published head that a state dict under our names belongs to, with these weights.
+
+    Whether a linear head pools by maximum (the published one) or by mean leaves no trace; it is made for the maximum.
+    """
+    classes = state["fc.weight"].shape[0]
+    if "block.0.conv.weight" in state:
+        width, channels = state["block.0.conv.weight"].shape[:2]
+        probe: nn.Module = ConvProbe(channels, classes, width)
+    elif "norm.running_mean" in state:
+        channels = len(state["norm.running_mean"])
+        probe = PooledProbe(channels, classes, grid=math.isqrt(state["fc.weight"].shape[1] // channels))
+    elif "conv.conv.weight" in state:
+        channels, width = state["conv.conv.weight"].shape[0], state["mlp.0.weight"].shape[0]
+        probe = AlexNetProbe(channels, classes, conv=True, width=width)
+    else:
+        hidden, values = state["mlp.0.weight"].shape
+        probe = NonLinearProbe(values, classes, hidden)
+    probe.load_state_dict(dict(state))
+    return probe

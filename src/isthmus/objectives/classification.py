@@ -67,7 +67,8 @@ class Classification(nn.Module):
             ValueError: a label outside ``[0, classes)``.
         """
         classes = logits.shape[1]
-        if label.ndim == 1 and len(label) and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        on_cpu = label.device.type == "cpu"  # elsewhere the look would hold up the queue
+        if on_cpu and label.ndim == 1 and not 0 <= int(label.min()) <= int(label.max()) < classes:
             raise ValueError(f"labels must lie in [0, {classes}), got {int(label.min())} to {int(label.max())}.")
         if not self.binary:
             return F.cross_entropy(logits, label, label_smoothing=self.smoothing if label.ndim == 1 else 0.0)
