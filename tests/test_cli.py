@@ -514,6 +514,25 @@ def test_claim_all_measures_every_ready_system(call: Call, toy: Path, seeds_in_p
     assert [record["system"] for record in json.loads(out[out.index("[\n") :])] == ["toy"]
 
 
+def test_no_verdict_where_the_data_of_the_claims_are_not_at_hand(
+    call: Call, toy: Path, seeds_in_process: list[int]
+) -> None:
+    recipe = recipes.load("toy")
+    recipe.no_verdict = lambda config: "the claims are about real toys, which are not at hand."  # type: ignore[attr-defined]
+    assert call("claim", "toy", "--seeds", 0)[::2] == (
+        2,
+        "isthmus: the claims are about real toys, which are not at hand.\n",
+    )
+    code, _, err = call("claim", "--all", "--seeds", 0)
+    assert code == 0, "nothing failed"
+    assert "real toys" in err
+    assert not (toy / "results").exists()
+    code, out, _ = toy_run(call)
+    assert code == 0
+    assert "real toys" in out
+    assert json.loads((toy / "runs/toy/report.json").read_text())["claims"] == []
+
+
 # ------------------------------------------------------------------------------------------ apply, report, convert
 
 

@@ -42,6 +42,10 @@ class RunFailed(RuntimeError):
     """A seed did not finish, so there is no verdict."""
 
 
+class NoVerdict(ValueError):
+    """The data that the claims are about are not at hand; the message tells which."""
+
+
 def claim(arguments: argparse.Namespace) -> int:
     """Measure one system, or all that are ready; exit code 1 where a verdict differs from the recorded one."""
     if arguments.all == bool(arguments.name):
@@ -54,11 +58,11 @@ def claim(arguments: argparse.Namespace) -> int:
         before = catalog.measured(system, arguments.results)
         try:
             record = measure(system, arguments.seeds, arguments.out, launch)
-        except RunFailed as error:
+        except (RunFailed, NoVerdict) as error:
             if not arguments.all:
                 raise
             sys.stderr.write(f"isthmus: {error}\n")
-            code = 1
+            code = 1 if isinstance(error, RunFailed) else code
             continue
         changed = differences(before, record)
         write(record, results)
@@ -84,6 +88,7 @@ def measure(
 
     Raises:
         ValueError: there is nothing to claim, or the seeds are not fit.
+        NoVerdict: the recipe's own data are not all there.
         RunFailed: a run ended with an error.
     """
     from isthmus.report import Verdict, commit, judge, plain, read, versions
@@ -94,7 +99,10 @@ def measure(
         raise ValueError(f"{system.name} claims nothing yet; claims stand in catalog.toml.")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"--seeds takes different numbers from 0 on, got {' '.join(map(str, seeds)) or 'none'}.")
-    now = {"commit": commit(), "versions": versions(), "config": plain(recipes.load(system.name).Config())}
+    recipe = recipes.load(system.name)
+    if hasattr(recipe, "no_verdict") and (reason := recipe.no_verdict(recipe.Config())):
+        raise NoVerdict(reason)
+    now = {"commit": commit(), "versions": versions(), "config": plain(recipe.Config())}
     reports = {}
     for seed in seeds:
         folder = out / system.name / f"seed{seed}"

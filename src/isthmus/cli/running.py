@@ -77,7 +77,8 @@ def applicable_claims(
 ) -> tuple[tuple[Claim, ...], str]:
     """The claims that a run can speak to, and a remark for the reader.
 
-    Claims are about the recipe's own data at the laptop scale; on other data there are metrics, not verdicts.
+    Claims are about the recipe's own data at the laptop scale; on other data there are metrics, not verdicts. A recipe
+    whose claims need real data says in ``no_verdict(config)`` what is missing, with an empty string where nothing is.
     """
     if not system.claims:
         return (), ""
@@ -85,6 +86,8 @@ def applicable_claims(
     changed = _changed(config, usual)
     if "data" in changed:
         return (), "The claims are about the recipe's own data; on yours there are numbers and pictures, not verdicts."
+    if hasattr(recipe, "no_verdict") and (reason := recipe.no_verdict(config)):
+        return (), reason  # its own data are not all there
     if scale != "laptop" or options.max_steps is not None:
         return (), "The claims are about the laptop scale at full length; this run was of another length."
     flags = ", ".join(f"--{name}" for name in changed)
