@@ -20,6 +20,7 @@ from isthmus.decoders.probes import (
     NonLinearProbe,
     PooledProbe,
 )
+from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
 
 Make = Callable[[], nn.Module]
@@ -59,6 +60,19 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
     ),
     "network in network": (lambda: Backbone("nin_cifar_tiny", reductions=(2, 4)), image(32)),
     "rotnet alexnet": (lambda: Backbone("rotnet_alexnet", widths=(4, 6, 8, 5, 5, 16)), image()),
+    "replknet": (
+        lambda: Backbone(
+            "replknet_31b", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), large_kernel_sizes=(31, 13, 9, 5)
+        ),
+        image(),
+    ),
+    "unireplknet": (lambda: Backbone("unireplknet_a", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), image()),
+    "unireplknet hearing": (
+        lambda: AsImage(
+            AudioImage(8000, 32, 32), Backbone("unireplknet_a", in_chans=1, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+        ),
+        lambda g: torch.randn(2, 4000, generator=g),
+    ),
 }
 
 BOTTLENECKS: dict[str, tuple[Make, Feed]] = {

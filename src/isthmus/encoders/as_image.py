@@ -261,7 +261,7 @@ def splat_points(points: Tensor, features: Tensor, size: int, extent: int | None
     shifts = torch.cartesian_prod(*(torch.arange(3, device=points.device),) * 2)
     cells = (cell.unsqueeze(2) + shifts).flatten(1, 2).long()  # (B, 9N, 2), from 0
     middle = (cells.amax(1, keepdim=True) + cells.amin(1, keepdim=True)) // 2
-    cells = (cells - middle + size // 2 - 1).clamp(0, size - 1)
+    cells = (cells - middle + (size - 1) // 2).clamp(0, size - 1)
     place = (cells[..., 0] * size + cells[..., 1]).unsqueeze(1).expand(-1, features.shape[1], -1)
     spread = features.repeat_interleave(9, dim=2)
     return (

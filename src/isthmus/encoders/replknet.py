@@ -47,7 +47,7 @@ class ConvNorm(nn.Sequential):
         norm = nn.Identity() if deploy else nn.BatchNorm2d(out)
         super().__init__(OrderedDict(conv=conv, norm=norm, act=nn.ReLU() if relu else nn.Identity()))
 
-    def fuse(self, before: nn.Module | None = None) -> None:
+    def fold(self, before: nn.Module | None = None) -> None:
         """Fold the norm, and the batch norm in front of a 1x1 convolution, in place; a second call does nothing."""
         if isinstance(self.norm, nn.Identity):
             return
@@ -210,11 +210,11 @@ class RepLKNet(nn.Module):
             if isinstance(module, LargeKernelBlock):
                 module.large.reparameterize()
             if isinstance(module, (LargeKernelBlock, FeedForwardBlock)):
-                module.pw1.fuse(before=module.norm)
+                module.pw1.fold(before=module.norm)
                 module.norm = nn.Identity()
         for module in self.modules():
             if isinstance(module, ConvNorm):
-                module.fuse()
+                module.fold()
         if "_timm_spec" in self.__dict__:  # a Codec that is saved now must be rebuilt in the merged form
             self.__dict__["_timm_spec"]["kwargs"]["deploy"] = True
 
@@ -362,7 +362,7 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    # The published files stand on drives that ask for a browser; load one with checkpoint_path= or isthmus convert.
+    # The published files stand on drives that ask for a browser: pretrained_cfg_overlay={"file": PATH} loads one.
     return {
         "url": "",
         "num_classes": 1000,

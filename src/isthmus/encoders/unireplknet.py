@@ -437,7 +437,22 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, depths: Sequence[int], width: int, **kwargs: Any) -> UniRepLKNet:
+#: Depths of the stages and width of the first; the width doubles from stage to stage.
+_SIZES = {
+    "unireplknet_a": ((2, 2, 6, 2), 40),
+    "unireplknet_f": ((2, 2, 6, 2), 48),
+    "unireplknet_p": ((2, 2, 6, 2), 64),
+    "unireplknet_n": ((2, 2, 8, 2), 80),
+    "unireplknet_t": ((3, 3, 18, 3), 80),
+    "unireplknet_s": ((3, 3, 27, 3), 96),
+    "unireplknet_b": ((3, 3, 27, 3), 128),
+    "unireplknet_l": ((3, 3, 27, 3), 192),
+    "unireplknet_xl": ((3, 3, 27, 3), 256),
+}
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> UniRepLKNet:
+    depths, width = _SIZES[variant]
     sizes = {"depths": depths, "dims": tuple(width * 2**i for i in range(4))}
     feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
     return build_model_with_cfg(
@@ -453,52 +468,52 @@ def _create(variant: str, pretrained: bool, depths: Sequence[int], width: int, *
 @register_model
 def unireplknet_a(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """4.4 M parameters deployed, ImageNet 77.0."""
-    return _create("unireplknet_a", pretrained, (2, 2, 6, 2), 40, **kwargs)
+    return _create("unireplknet_a", pretrained, **kwargs)
 
 
 @register_model
 def unireplknet_f(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """6.2 M parameters deployed, ImageNet 78.6."""
-    return _create("unireplknet_f", pretrained, (2, 2, 6, 2), 48, **kwargs)
+    return _create("unireplknet_f", pretrained, **kwargs)
 
 
 @register_model
 def unireplknet_p(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """10.7 M parameters deployed, ImageNet 80.2."""
-    return _create("unireplknet_p", pretrained, (2, 2, 6, 2), 64, **kwargs)
+    return _create("unireplknet_p", pretrained, **kwargs)
 
 
 @register_model
 def unireplknet_n(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """18.3 M parameters deployed, ImageNet 81.6."""
-    return _create("unireplknet_n", pretrained, (2, 2, 8, 2), 80, **kwargs)
+    return _create("unireplknet_n", pretrained, **kwargs)
 
 
 @register_model
 def unireplknet_t(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """31.0 M parameters deployed, ImageNet 83.2."""
-    return _create("unireplknet_t", pretrained, (3, 3, 18, 3), 80, **kwargs)
+    return _create("unireplknet_t", pretrained, **kwargs)
 
 
 @register_model
 def unireplknet_s(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """55.6 M parameters deployed, ImageNet 83.9."""
-    return _create("unireplknet_s", pretrained, (3, 3, 27, 3), 96, **kwargs)
+    return _create("unireplknet_s", pretrained, **kwargs)
 
 
 @register_model
 def unireplknet_b(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """98.0 M parameters deployed, ImageNet 87.4 at 384 pixels after ImageNet-22K."""
-    return _create("unireplknet_b", pretrained, (3, 3, 27, 3), 128, **kwargs)
+    return _create("unireplknet_b", pretrained, **kwargs)
 
 
 @register_model
 def unireplknet_l(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """218.5 M parameters deployed, ImageNet 87.9 at 384 pixels after ImageNet-22K."""
-    return _create("unireplknet_l", pretrained, (3, 3, 27, 3), 192, **kwargs)
+    return _create("unireplknet_l", pretrained, **kwargs)
 
 
 @register_model
 def unireplknet_xl(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """386.5 M parameters deployed, ImageNet 88.0 at 384 pixels after ImageNet-22K."""
-    return _create("unireplknet_xl", pretrained, (3, 3, 27, 3), 256, **kwargs)
+    return _create("unireplknet_xl", pretrained, **kwargs)

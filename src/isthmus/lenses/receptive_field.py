@@ -59,13 +59,13 @@ class ReceptiveField:
 
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         picture, curve = figure.subplots(1, 2)
-        shown = normalise(self.map, scale).cpu()
+        shown = normalise(self.map, scale).cpu().numpy()
         picture.imshow(shown, cmap="viridis", vmin=0)
         picture.set_title(f"contribution, {scale} scale, {self.images} images", fontsize=9)
         picture.set_axis_off()
         for name in ("published", "raw", "relative"):
-            shares = _shares(normalise(self.map, name)).cpu()
-            curve.plot(2 * torch.arange(len(shares)) + 1, shares, label=name)
+            shares = _shares(normalise(self.map, name)).cpu().numpy()
+            curve.plot(range(1, 2 * len(shares), 2), shares, label=name)
         curve.set_xlabel("side of the centred square, pixels")
         curve.set_ylabel("share of the map")
         curve.set_ylim(0, 1.02)
