@@ -47,7 +47,7 @@ def scene(count=6, height=40, width=60):
         RandomResizedCrop(48, scale=(0.3, 1.0)),
         Compose([RandomResizedCrop(32, scale=(0.5, 1.0)), Flip()]),
     ],
-    ids=repr,
+    ids=lambda transform: type(transform).__name__,
 )
 def test_image_mask_and_boxes_move_together(transform):
     batch = transform(scene(), generator())
