@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from isthmus.catalog import Claim
-from isthmus.report import Record, environment, judge, read, render
+from isthmus.report import Record, code, environment, judge, read, render
 from isthmus.report.plot import HEIGHT, Curve, plot
 
 GAIN = Claim("gain", "It helps by four points.", "gain", at_least=4, published="about five")
@@ -322,3 +322,17 @@ def test_a_curve_with_gaps_is_broken_and_an_empty_one_left_out() -> None:
     assert path is not None
     assert path.group(1).count("M") == 2
     assert plot({"run": Curve([0], [None])}, "loss") == ""
+
+
+def test_the_digest_of_the_code_is_that_of_what_can_change_a_systems_numbers(tmp_path: Path) -> None:
+    shared = "recipes/_shared.py"
+    for name in ("layers/a.py", "recipes/spark.py", "recipes/rotnet.py", shared, "cli/b.py", "report/c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = code("spark", tmp_path)
+    assert before != code("rotnet", tmp_path)
+    for name, matters in (("recipes/rotnet.py", False), ("cli/b.py", False), (shared, True)):
+        (tmp_path / name).write_text("changed")
+        assert (code("spark", tmp_path) != before) is matters, name
+    (tmp_path / shared).write_text(shared)
+    assert code("spark", tmp_path) == before

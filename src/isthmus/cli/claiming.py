@@ -4,7 +4,7 @@
 
     format, version   "isthmus-claims", 1
     system, number, date (ISO 8601, UTC), seeds, command
-    hardware, versions, commit
+    hardware, versions, commit, code
     config            the settings that were measured
     seconds           {seed: seconds}
     metrics           {name: {values: {seed: value}, mean, spread, unit, published}}
@@ -91,7 +91,7 @@ def measure(
         NoVerdict: the recipe's own data are not all there.
         RunFailed: a run ended with an error.
     """
-    from isthmus.report import Verdict, commit, judge, plain, read, versions
+    from isthmus.report import Verdict, code, judge, plain, read, versions
 
     if not system.ready:
         raise ValueError(f"{system.name} has no recipe yet, so nothing can be measured.")
@@ -102,18 +102,18 @@ def measure(
     recipe = recipes.load(system.name)
     if hasattr(recipe, "no_verdict") and (reason := recipe.no_verdict(recipe.Config())):
         raise NoVerdict(reason)
-    now = {"commit": commit(), "versions": versions(), "config": plain(recipe.Config())}
+    now = {"code": code(system.name), "versions": versions(), "config": plain(recipe.Config())}
     reports = {}
     for seed in seeds:
         folder = out / system.name / f"seed{seed}"
-        if (folder / "report.json").is_file() and any(read(folder)[key] != value for key, value in now.items()):
+        if (folder / "report.json").is_file() and any(read(folder).get(key) != value for key, value in now.items()):
             shutil.rmtree(folder)  # measured by other code or with other settings
         if not (folder / "finished.json").is_file():
-            code = launch(system, seed, folder)
-            if code == 130:
+            ended = launch(system, seed, folder)
+            if ended == 130:
                 raise KeyboardInterrupt(f"interrupted; the same command goes on with seed {seed}.")
-            if code:
-                raise RunFailed(f"{system.name} with seed {seed} ended with exit code {code}; see {folder}/log.txt.")
+            if ended:
+                raise RunFailed(f"{system.name} with seed {seed} ended with exit code {ended}; see {folder}/log.txt.")
         reports[seed] = read(folder)
 
     def values(metric: str) -> dict[int, float]:
@@ -136,7 +136,7 @@ def measure(
         "date": last["updated"],
         "seeds": list(seeds),
         "command": f"isthmus claim {system.name} --seeds {' '.join(map(str, seeds))}",
-        **{key: last[key] for key in ("hardware", "versions", "commit", "config")},
+        **{key: last[key] for key in ("hardware", "versions", "commit", "code", "config")},
         "seconds": {str(seed): report["seconds"] for seed, report in reports.items()},
         "metrics": {name: _summary(metric, values(name)) for name, metric in last["metrics"].items()},
         "verdicts": [verdict.as_json() for verdict in verdicts],

@@ -4,9 +4,9 @@
 one self-contained page out of one or several runs.
 """
 
-from isthmus.report.environment import commit, environment, versions
+from isthmus.report.environment import code, environment, versions
 from isthmus.report.html import render
 from isthmus.report.judge import Verdict, judge
 from isthmus.report.record import Record, plain, read
 
-__all__ = ["Record", "Verdict", "commit", "environment", "judge", "plain", "read", "render", "versions"]
+__all__ = ["Record", "Verdict", "code", "environment", "judge", "plain", "read", "render", "versions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -48,6 +49,21 @@ def commit() -> str | None:
     head = _git(folder, "rev-parse", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", "src")
     return head and head + ("+changes" if changed else "")
+
+
+def code(system: str, package: Path | None = None) -> str:
+    """Digest of the source that can change a system's numbers: all but other recipes, the command line and reports.
+
+    Two runs of one digest, with the same settings, seed and versions, measure the same thing.
+    """
+    package = package or Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        room, *rest = path.relative_to(package).parts
+        foreign = room == "recipes" and rest[0][0] != "_" and rest[0] != f"{system.replace('-', '_')}.py"
+        if room not in ("cli", "report", "catalog.py") and not foreign:
+            digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -8,6 +8,7 @@ The file is one object::
     started, updated  ISO 8601 in UTC; seconds: spent in this run, resumed parts included
     config, options   the recipe's and the engine's settings
     hardware, versions, commit
+    code              digest of the source that can change the numbers
     metrics           {name: {value, unit, published}}; a value that is not finite is null
     claims            [{name, text, metric, bar, rule, published, value, holds}], indicative: one seed is no verdict
     figures           [{name, file, caption}], files relative to the folder
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.catalog import Claim
-from isthmus.report.environment import environment
+from isthmus.report.environment import code, environment
 from isthmus.report.judge import finite, judge
 
 FILE = "report.json"
@@ -89,6 +90,7 @@ class Record:
             "config": plain(config or {}),
             "options": plain(options or {}),
             **environment(),
+            "code": code(system),
             "metrics": {},
             "claims": [],
             "figures": [],
