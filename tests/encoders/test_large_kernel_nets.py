@@ -278,3 +278,17 @@ def test_published_kernels() -> None:
     model = timm.create_model("unireplknet_t", dims=(8, 8, 8, 8))
     large = [m for m in model.modules() if isinstance(m, DepthwiseConv) and m.kernel_size == (13, 13)]
     assert len(large) == 3 + 9 + 3
+
+
+def test_response_norm_of_dead_channels_has_finite_gradients() -> None:
+    norm = unireplknet.ResponseNorm(4)
+    norm.weight.data.fill_(0.5)
+    x = image(4, 6, channels=4).permute(0, 2, 3, 1).clone()
+    x[..., 1] = 0
+    x.requires_grad_()
+    y = norm(x)
+    response = x.norm(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(y, x * (1 + 0.5 * response / (response.mean(-1, keepdim=True) + 1e-6)))
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()

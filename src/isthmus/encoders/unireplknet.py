@@ -62,8 +62,10 @@ class ResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` → the same shape. The norm is taken in float32, because half precision overflows."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
+        # The sum of squares runs several times faster than linalg.vector_norm over these axes; the floor keeps the
+        # root's derivative finite for channels that are zero everywhere.
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum((1, 2), keepdim=True)
+        response = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
         scale = (self.weight * (response / (response.mean(-1, keepdim=True) + 1e-6)) + 1).to(x.dtype)
         return x * scale if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, scale)
 
