@@ -1,0 +1,273 @@
+"""The recipe of SparK from pictures to a checkpoint that timm loads, at the smallest size."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from isthmus.codec import UserError
+from isthmus.decoders.spark_unet import SparKUNet
+from isthmus.encoders.backbone import Backbone
+from isthmus.engine.run import Run
+from isthmus.engine.training import Training
+from isthmus.objectives import spark as official
+from isthmus.objectives import spark_files
+from isthmus.objectives.spark import SparK
+from isthmus.recipes import spark
+from isthmus.recipes.spark import Config
+
+TINY = Config(
+    data="photos:64?count=48&include=chelsea,coffee",
+    encoder="test_resnet",
+    width=32,
+    pretrain=Training(steps=2, batch_size=4, lr=1e-3),
+    finetune=Training(steps=2, batch_size=4, lr=1e-3, layer_decay=0.7),
+    labels_per_class=3,
+)
+
+
+def _run(config: Config, folder: Path, **options) -> Path:
+    with Run.quick(folder, name="spark", config=config, **options) as run:
+        spark.run(config, run)
+    return run.dir
+
+
+def _record(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run with everything that the claims compare; the speed is measured on a small network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spark, "_speed", functools.partial(spark._speed, name="test_resnet", size=96))
+        config = dataclasses.replace(TINY, comparisons="on")
+        return _run(config, tmp_path_factory.mktemp("spark"))
+
+
+def _picture(path: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    pixels = torch.rand(height // 8, width // 8, 3, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.mul(255).byte().numpy()).resize(size).save(path)
+
+
+def _flat_folder(path: Path, count: int = 14) -> Path:
+    path.mkdir()
+    for number in range(count):
+        _picture(path / f"{number:02}.jpg", (96 + 8 * number, 80))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------ a whole run
+
+
+def test_it_measures_what_the_claims_ask_for(finished: Path) -> None:
+    metrics = {name: metric["value"] for name, metric in _record(finished)["metrics"].items()}
+    assert metrics["leak"] == 0
+    assert metrics["tile_error"] < 1e-5
+    assert metrics["filled_excess"] <= 0
+    assert metrics["filled_dense"] > 0.5
+    gain = 1 - metrics["heldout_loss"] / metrics["heldout_loss_coarsest"]
+    assert metrics["hierarchy_gain"] == pytest.approx(gain, abs=1e-6)
+    assert metrics["tile_speedup"] > 0
+    assert {"accuracy_spark", "accuracy_scratch", "accuracy_zeroed"} <= metrics.keys()
+
+
+def test_the_encoder_is_a_checkpoint_that_timm_loads(finished: Path) -> None:
+    objective, size = spark.load_pretrained(finished)
+    assert size == 64
+    loaded = timm.create_model("test_resnet", checkpoint_path=str(finished / "encoder.safetensors"))
+    for name, tensor in objective.encoder.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(finished / "classifier.safetensors"))
+
+
+def test_it_draws_reconstructions(finished: Path) -> None:
+    assert (finished / "figures" / "reconstructions.png").is_file()
+
+
+def test_it_applies_to_pictures_of_any_shape_and_names_those_it_cannot_read(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _picture(tmp_path / "wide.jpg", (200, 100))
+    _picture(tmp_path / "tall.png", (64, 160))
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "wide.jpg").read_bytes()[:300])
+    inputs = [tmp_path / name for name in ("wide.jpg", "broken.jpg", "tall.png")]
+    written = spark.apply(finished, inputs, tmp_path / "out")
+    assert [path.name for path in written] == ["wide-spark.png", "tall-spark.png"]
+    with Image.open(written[0]) as picture:
+        assert picture.size == (3 * 128 + 2 * 4, 64)
+    with Image.open(written[1]) as picture:
+        assert picture.size == (3 * 64 + 2 * 4, 160)
+    told = capsys.readouterr().err
+    assert "1 of 3 files could not be read" in told
+    assert "broken.jpg" in told
+    again = spark.apply(finished, inputs[:1], tmp_path / "again")
+    assert again[0].read_bytes() == written[0].read_bytes()
+    with pytest.raises(UserError, match="none of the 1 files is a picture"):
+        spark.apply(finished, [tmp_path / "broken.jpg"], tmp_path / "out")
+
+
+def test_it_goes_on_from_the_encoder_of_another_run(finished: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, init=str(finished / "encoder.safetensors"), comparisons="off")
+    with Run.quick(tmp_path) as run:
+        started = spark._objective(config, run, (4, 8, 16))
+    before, _ = spark.load_pretrained(finished)
+    for name, tensor in before.encoder.model.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(started.encoder.model.state_dict()[name], tensor)
+
+
+def test_resuming_a_finished_run_repeats_nothing(finished: Path) -> None:
+    before = _record(finished)["metrics"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spark, "_speed", lambda run: None)
+        config = dataclasses.replace(TINY, comparisons="on")
+        _run(config, finished.parent, resume=True)
+    after = _record(finished)["metrics"]
+    for name in ("heldout_loss", "heldout_loss_coarsest", "accuracy_spark", "accuracy_zeroed"):
+        assert after[name]["value"] == before[name]["value"]
+
+
+def test_a_folder_of_pictures_without_labels_is_pretrained_and_nothing_else(tmp_path: Path) -> None:
+    folder = _flat_folder(tmp_path / "pictures")
+    (folder / "05.jpg").write_bytes((folder / "05.jpg").read_bytes()[:200])
+    config = dataclasses.replace(TINY, data=f"folder:{folder}", size=64)
+    run_dir = _run(config, tmp_path)
+    record = _record(run_dir)
+    assert (run_dir / "encoder.safetensors").is_file()
+    assert not [name for name in record["metrics"] if name.startswith("accuracy")]
+    assert any("no labels" in note for note in record["notes"])
+
+
+def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:
+    folder = _flat_folder(tmp_path / "pictures", 12)
+    for number in range(12):
+        if number % 2:
+            (folder / f"{number:02}.jpg").write_bytes(b"not a picture")
+    config = dataclasses.replace(TINY, data=f"folder:{folder}", size=64)
+    notes = _record(_run(config, tmp_path))["notes"]
+    assert any("images could not be read and were left out" in note and "01.jpg" in note for note in notes)
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("size", "levels"), [(224, (4, 8, 16, 32)), (128, (4, 8, 16, 32)), (64, (4, 8, 16)), (32, (4, 8))]
+)
+def test_scales_leave_four_patches_a_side(size: int, levels: tuple[int, ...]) -> None:
+    assert spark._levels(TINY, size) == levels
+
+
+def test_images_without_room_for_patches_are_refused() -> None:
+    with pytest.raises(UserError, match=r"images of 8 pixels.*--size 16"):
+        spark._levels(TINY, 8)
+
+
+def test_paper_settings_are_the_published_ones(tmp_path: Path) -> None:
+    paper = Config.paper()
+    assert paper.pretrain.lr == pytest.approx(3.2e-3)
+    assert (paper.pretrain.weight_decay, paper.pretrain.weight_decay_end) == (0.04, 0.2)
+    assert (paper.pretrain.warmup_from, paper.pretrain.final_lr_ratio) == (0.005, 0.001)
+    with Run.quick(tmp_path) as run:
+        objective = spark._objective(paper, run, spark._levels(paper, 224))
+    assert objective.patch == 32
+    head = sum(p.numel() for p in objective.encoder.model.fc.parameters())
+    assert sum(p.numel() for p in objective.parameters()) - head == 52_921_835
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"encoder": "resnet5O"}, "timm has no model 'resnet5O'. Nearest"),
+        ({"encoder": "vit_tiny_patch16_224", "levels": (16,), "size": 224}, "no sparse form"),
+        ({"ratio": 1.5}, "between 0 and 1"),
+        ({"ratio": 0.99}, "at least one has to be visible and one hidden"),
+        ({"size": 72}, "whole number of 16-pixel patches"),
+        ({"levels": (4, 64)}, "has levels of reduction"),
+        ({"width": 30}, "has to be a multiple of 4"),
+        ({"init": "missing.pth"}, "there is no file missing.pth"),
+        ({"data": "folder:missing"}, "missing"),
+        ({"data": "photo:64"}, "Nearest: photos"),
+    ],
+)
+def test_mistakes_are_told_before_training(changes: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, OSError), match=sentence):
+        _run(dataclasses.replace(TINY, **changes), tmp_path)
+    left = [path.name for path in (tmp_path / "run").rglob("*") if path.suffix == ".safetensors"]
+    assert not left
+
+
+# --------------------------------------------------------------------------------------------- published checkpoints
+
+
+def _published(tmp_path: Path) -> tuple[SparK, dict]:
+    torch.manual_seed(1)
+    encoder = Backbone("test_resnet")
+    objective = SparK(encoder, SparKUNet(encoder.feature_info, 64), ratio=0.75).eval()
+    for module in objective.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+    state = official.to_official(objective.state_dict())
+    config = {"mask_ratio": 0.75, "sbn": True, "sparse_encoder.input_size": 96, "dense_decoder.width": 64}
+    torch.save({"module": {**state, "imn_m": torch.zeros(1, 3, 1, 1), "config": config}}, tmp_path / "full.pth")
+    trunk = {n.removeprefix("sparse_encoder.sp_cnn."): t for n, t in state.items() if "sp_cnn" in n}
+    torch.save({"module": trunk}, tmp_path / "backbone.pth")
+    return objective, trunk
+
+
+def test_published_files_are_converted_both_ways(tmp_path: Path) -> None:
+    objective, trunk = _published(tmp_path)
+    spark.convert(tmp_path / "full.pth", tmp_path / "spark.safetensors", encoder="test_resnet")
+    again, size = spark.load_pretrained(tmp_path)
+    assert (size, again.ratio) == (96, 0.75)
+    image, visible = torch.rand(1, 3, 96, 96), torch.eye(3, dtype=torch.bool)[None]
+    with torch.no_grad():
+        assert torch.equal(again.predict(image, visible), objective.predict(image, visible))
+
+    spark.convert(tmp_path / "spark.safetensors", tmp_path / "back.pth")
+    first, back = (torch.load(tmp_path / name, weights_only=True)["module"] for name in ("full.pth", "back.pth"))
+    assert back.pop("config")["mask_ratio"] == 0.75
+    assert back["norm_black"].shape == (1, 3, 96, 96)
+    first.pop("config")
+    assert all(torch.equal(first[name], back[name]) for name in first if name != "imn_m")
+
+    spark.convert(tmp_path / "backbone.pth", tmp_path / "encoder.safetensors", encoder="test_resnet")
+    loaded = timm.create_model("test_resnet", checkpoint_path=str(tmp_path / "encoder.safetensors")).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trunk.items())
+
+
+@pytest.mark.parametrize("name", ["resnet101", "convnext_small"])
+def test_published_encoders_are_recognised_by_their_shapes(name: str) -> None:
+    with torch.device("meta"):
+        state = timm.create_model(name).state_dict()
+    published = official.backbone_to_official({n: t for n, t in state.items() if not n.startswith(("fc.", "head."))})
+    assert spark_files.guess_encoder(official.backbone_from_official(published), Path("x.pth")) == name
+
+
+def test_damaged_and_foreign_files_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    _published(tmp_path)
+    (tmp_path / "short.pth").write_bytes((tmp_path / "full.pth").read_bytes()[:5000])
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "foreign.pth")
+    out = tmp_path / "out.safetensors"
+    for name, sentence in {
+        "short.pth": "cut short or foreign",
+        "list.pth": "holds no state dict",
+        "foreign.pth": "no published SparK encoder",
+        "absent.pth": "there is no file",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            spark.convert(tmp_path / name, out)
+    with pytest.raises(UserError, match="does not fit ResNet"):
+        spark.convert(tmp_path / "backbone.pth", out, encoder="resnet10t")
+    assert not out.exists()
