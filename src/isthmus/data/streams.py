@@ -175,11 +175,14 @@ class Stream:
         number, within = divmod(place, self.buffer)
         first = reader if sharing > 1 else 0
         rows = itertools.islice(self._raw(order, number * self.buffer * sharing + first), 0, None, sharing)
+        spare: dict[str, Any] | None = None
         while window := list(itertools.islice(rows, self.buffer)):
             shuffled = permutation(len(window), derive_seed(seed, "window", epoch, reader, number)).tolist()
             for turn in range(within, len(window)):
                 following = (window[shuffled[(turn + later) % len(window)]] for later in range(len(window)))
-                sample = self._first(following) or self._first(self._raw(order, first))
+                sample = self._first(following) or spare
+                if sample is None:  # a whole window is damaged: the first readable sample of the epoch serves
+                    sample = spare = self._first(self._raw(order, first))
                 if sample is None:
                     return
                 yield sample
