@@ -67,6 +67,13 @@ def test_copies_keep_dtype_layout_and_values(dtype: torch.dtype, layout: torch.m
     assert torch.equal(copies.contiguous(), rotate_all(images))
 
 
+def test_batches_larger_than_the_cache_are_turned_whole() -> None:
+    images = torch.rand(7, 3, 256, 256)  # 786 kB each: two at a time
+    expected = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(4)], 1).flatten(0, 1)
+    assert torch.equal(rotate_all(images), expected)
+    assert rotate_all(images[:0]).shape == (0, 3, 256, 256)
+
+
 def test_gradient_flows_back_through_all_copies() -> None:
     """Discriminators use the objective on generated images."""
     images = _images().requires_grad_()

@@ -229,7 +229,7 @@ class Normalize(Transform):
         image = batch["image"]
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         mean, std = (image.new_tensor(list(values))[:, None, None] for values in (self.mean, self.std))
-        return {**batch, "image": (image - mean) / std}
+        return {**batch, "image": (image - mean).div_(std)}
 
 
 def grey(image: Tensor) -> Tensor:
