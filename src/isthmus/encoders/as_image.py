@@ -61,9 +61,11 @@ class AudioImage(nn.Module):
     Args:
         rate: samples a second.
         bands: mel bands, the height of the picture.
-        frames: its width, 10 ms each; 1024 for AudioSet, 512 for ESC-50.
+        frames: its width, a hop each; 1024 for AudioSet, 512 for ESC-50.
         mean: of the data set's log-mel values.
         std: of the same.
+        window: length of a frame in seconds.
+        hop: distance of frames in seconds.
 
     Shapes: ``(B, L)`` → ``(B, 1, bands, frames)``.
     """
@@ -75,13 +77,17 @@ class AudioImage(nn.Module):
         frames: int = 128,
         mean: float = -6.845978,
         std: float = 5.5654526,
+        window: float = 0.025,
+        hop: float = 0.010,
     ) -> None:
         super().__init__()
         self.rate, self.bands, self.frames, self.mean, self.std = rate, bands, frames, mean, std
+        self.window, self.hop = window, hop
 
     def spectrogram(self, wave: Tensor) -> Tensor:
         """The filter bank alone: ``(B, L)`` → ``(B, T, bands)``."""
-        return log_mel(wave - wave.mean(1, keepdim=True), self.rate, self.bands, kaldi=True)
+        wave = wave - wave.mean(1, keepdim=True)
+        return log_mel(wave, self.rate, self.bands, kaldi=True, window=self.window, hop=self.hop)
 
     def forward(self, wave: Tensor) -> Tensor:
         """``(B, L)`` → ``(B, 1, bands, frames)``."""

@@ -120,14 +120,14 @@ def _is_slow_case(x: Tensor, weight: Tensor, dilation: int) -> bool:
     Compilers, tracers, counters, tensor subclasses and interceptors of torch functions all get to see ``conv2d``.
     """
     return (
-        type(x) in (Tensor, nn.Parameter)
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and (weight.shape[-1] * weight.shape[-2] > 9 or dilation > 1)
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
         and not torch._C._is_torch_function_mode_enabled()
     )

@@ -54,12 +54,16 @@ def _small_kernel_merge(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def _replknet(case: Case) -> dict[str, Tensor]:
     config = dict(case.config)
-    config.pop("input")
-    out_indices = config.pop("out_indices", (0, 1, 2, 3))
-    normed = config.pop("norm_intermediate_features", False)
-    model = RepLKNet(**config, norm_features=normed, num_classes=config.pop("num_classes", 0))
+    out_indices = config.get("out_indices") or (0, 1, 2, 3)
+    sizes = ("large_kernel_sizes", "layers", "channels", "small_kernel", "dw_ratio", "ffn_ratio", "in_channels")
+    kwargs = {("in_chans" if key == "in_channels" else key): config[key] for key in sizes if key in config}
+    model = RepLKNet(
+        **kwargs,
+        num_classes=len(case.params.get("head.weight", ())),
+        norm_features=config.get("norm_intermediate_features", False),
+    )
     missing, unknown = model.load_state_dict(replknet.convert_official(case.params), strict=False)
-    # The pyramid has neither the head's norm nor the head.
+    # A pyramid has neither the head's norm nor the head.
     assert not unknown
     assert not [key for key in missing if not key.startswith(("norm.", "head."))]
     model.eval()
@@ -69,9 +73,11 @@ def _replknet(case: Case) -> dict[str, Tensor]:
         assert isinstance(found, list)
         return found
 
-    found = {f"pyramid{i}": level for i, level in zip(out_indices, pyramid(), strict=True)}
+    x = case.inputs["x"]
+    found = {"logits": model(x)} | {f"pyramid{i}": level for i, level in zip(out_indices, pyramid(), strict=True)}
     model.reparameterize()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.stages.modules())
+    found["logits_merged"] = model(x)
     return found | {f"pyramid{i}_merged": level for i, level in zip(out_indices, pyramid(), strict=True)}
 
 
