@@ -64,18 +64,26 @@ def pictures(count: int = 96) -> Memory:
     return Memory("pictures", {"image": torch.randint(0, 256, (count, 3, 12, 12), generator=generator).byte()})
 
 
-def job(out: Path, steps: int = 120, norm: str = "batch", dropout: float = 0.1, **options: Any) -> None:
+def job(
+    out: Path,
+    steps: int = 120,
+    norm: str = "batch",
+    dropout: float = 0.1,
+    optimizer: str = "lamb",
+    ema: float | None = 0.95,
+    **options: Any,
+) -> None:
     """Two phases that together use everything a checkpoint has to bring back."""
     first = Training(
         steps=steps,
         batch_size=16,
-        optimizer="lamb",
+        optimizer=optimizer,
         lr=0.02,
         weight_decay=0.05,
         weight_decay_end=0.2,
         warmup_steps=8,
         clip=1.0,
-        ema=0.95,
+        ema=ema,
     )
     second = Training(steps=steps // 2, batch_size=16, optimizer="adamw", lr=0.01, accumulate=2, clip=0.5)
     settings = {"accelerator": "cpu", "quiet": True, "tensorboard": False, "log_every": 7, **options}
@@ -113,6 +121,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--norm", default="batch")
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--optimizer", default="lamb")
+    parser.add_argument("--ema", type=float, default=None)
+    parser.add_argument("--strategy", default="auto")
     parser.add_argument("--save-every", type=int, default=None)
     torch.set_num_threads(1)
     job(**vars(parser.parse_args(arguments)))

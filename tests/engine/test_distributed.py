@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.engine import jobs
 
 # Batch norm sees a process's own share (torch synchronises it on GPUs only), dropout differs between processes.
-SETTINGS = {"steps": 24, "norm": "group", "dropout": 0.0}
+SETTINGS = {"steps": 24, "norm": "group", "dropout": 0.0, "ema": None}
 FLAGS = ["--steps", "24", "--norm", "group", "--dropout", "0"]
 
 
@@ -35,21 +35,32 @@ def _environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
+def _run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     jobs.job(tmp_path / "whole", **SETTINGS)
-    module = [sys.executable, "-m", "tests.engine.jobs"]
-    command = [*module, str(tmp_path / "shared"), *FLAGS, "--devices", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    said = _run("tests.engine.jobs", str(tmp_path / "shared"), *FLAGS, "--devices", "2")
     _check(tmp_path / "whole", tmp_path / "shared")
-    assert "Warning" not in done.stderr
+    assert "Warning" not in said
 
 
 @pytest.mark.slow
 def test_torchrun_starts_the_processes_itself(tmp_path: Path) -> None:
     jobs.job(tmp_path / "whole", **SETTINGS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "tests.engine.jobs", str(tmp_path / "shared"), *FLAGS]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    _run(*launcher, "-m", "tests.engine.jobs", str(tmp_path / "shared"), *FLAGS)
+    _check(tmp_path / "whole", tmp_path / "shared")
+
+
+@pytest.mark.slow
+def test_shares_of_a_model_give_the_weights_of_the_whole(tmp_path: Path) -> None:
+    jobs.job(tmp_path / "whole", optimizer="adamw", **SETTINGS)
+    flags = [*FLAGS, "--optimizer", "adamw", "--save-every", "5", "--devices", "2"]
+    _run("tests.engine.jobs", str(tmp_path / "shared"), *flags, "--strategy", "fsdp")
     _check(tmp_path / "whole", tmp_path / "shared")

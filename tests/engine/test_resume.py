@@ -68,8 +68,8 @@ def _compare(tmp_path: Path, steps: int) -> None:
 
 
 def test_three_kills_leave_no_trace(tmp_path: Path) -> None:
-    assert _kill_and_resume(tmp_path, kills=3, steps=300) == 3
-    _compare(tmp_path, steps=300)
+    assert _kill_and_resume(tmp_path, kills=3, steps=200) == 3
+    _compare(tmp_path, steps=200)
 
 
 @pytest.mark.slow

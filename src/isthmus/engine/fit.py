@@ -118,7 +118,8 @@ def fit(
                 scalars.add(done, values)
                 bar.update(done, values)
             if evaluate is not None and (done == steps or training.evaluates(done)):
-                scalars.add(done, _evaluate(learner, evaluate))
+                values = learner.evaluate(evaluate)
+                scalars.add(done, {f"evaluate/{name}": value for name, value in values.items()})
             stop, due = _agree(run, done, signals.stop, clock.due(done))
             if done < steps and (stop or due):
                 save(done)
@@ -128,7 +129,7 @@ def fit(
     finite.judge(files.newest)
     if (close := getattr(stream, "close", None)) is not None:
         close()
-    result = {"identity": identity, "curves": curves, "model": learner.model_state(), "ema": learner.ema_state()}
+    result = {"identity": identity, "curves": curves, **learner.result()}
     if run.is_first:
         files.finish(result)
     return _finished(run, phase, learner, steps, curves)
@@ -236,14 +237,6 @@ def _agree(run: Run, step: int, stop: bool, due: bool) -> tuple[bool, bool]:
     flags = torch.tensor([float(stop), float(due)], device=run.fabric.device)
     stops, dues = run.fabric.all_reduce(flags, reduce_op="sum").tolist()  # type: ignore[union-attr]
     return stops > 0, dues > 0
-
-
-def _evaluate(learner: Learner, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> dict[str, float]:
-    learner.module.eval()
-    with torch.no_grad():
-        values = evaluate(learner.objective)
-    learner.module.train()
-    return {f"evaluate/{name}": float(value) for name, value in values.items()}
 
 
 def _finished(run: Run, phase: str, learner: Learner, steps: int, curves: Curves) -> FitResult:

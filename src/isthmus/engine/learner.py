@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from isthmus.codec import Turn, UserError
 from isthmus.engine import optim
 from isthmus.engine.run import Run
+from isthmus.engine.sharding import Shell
 from isthmus.engine.training import Training
 
 Groups = Sequence[dict[str, Any]]
@@ -37,15 +39,9 @@ class Learner:
         self, run: Run, objective: nn.Module, training: Training, groups: Groups | Mapping[str, Groups] | None
     ) -> None:
         self.run, self.objective, self.training = run, objective, training
-        self.sharded = run.options.strategy == "fsdp"
         self.scaler: torch.amp.GradScaler | None = getattr(run.fabric.strategy.precision, "scaler", None)
         self._check(objective, training)
         self.alternates = bool(getattr(objective, "turns", None))
-        everything = [p for p in objective.parameters() if p.requires_grad]
-        self.turns: list[Turn] = list(objective.turns) if self.alternates else [Turn("", everything)]  # type: ignore[arg-type]
-        if not everything or not all(turn.parameters for turn in self.turns):
-            raise UserError(f"{type(objective).__name__} has no parameters to train; unfreeze some.")
-        self._taught = {id(p): p for turn in self.turns for p in turn.parameters}
         objective.to(run.fabric.device)
         if run.world > 1 and run.fabric.device.type == "cpu" and _plain_batch_norms(objective):
             run.log("Batch norm is synchronised on GPUs only; here every process normalises its own share of a batch.")
@@ -53,8 +49,17 @@ class Learner:
         self.ema = ModelEmaV3(objective, decay=training.ema) if training.ema is not None else None
         if training.compile:
             objective.compile()
-        optimizers = [self._optimizer(turn, groups) for turn in self.turns]
-        self.module, *self.optimizers = run.fabric.setup(objective, *optimizers)
+        names = {id(p): name for name, p in objective.named_parameters()}
+        self.shell = Shell(objective) if run.sharded else None
+        self.module = run.fabric.setup_module(self.shell or objective)
+        everything = [p for p in objective.parameters() if p.requires_grad]
+        self.turns: list[Turn] = list(objective.turns) if self.alternates else [Turn("", everything)]  # type: ignore[arg-type]
+        if not everything or not all(turn.parameters for turn in self.turns):
+            raise UserError(f"{type(objective).__name__} has no parameters to train; unfreeze some.")
+        self._taught = {id(p): p for turn in self.turns for p in turn.parameters}
+        # Sharding puts other parameters in the place of those that the caller grouped.
+        self._now = {key: p for (key, name) in names.items() if (p := objective.get_parameter(name)) is not None}
+        self.optimizers: list[Any] = [run.fabric.setup_optimizers(self._optimizer(turn, groups)) for turn in self.turns]
         self.module.train()
 
     def _check(self, objective: nn.Module, training: Training) -> None:
@@ -65,8 +70,14 @@ class Learner:
                 f"batch_size {training.batch_size} cannot be shared by {self.run.world} devices that accumulate "
                 f"{training.accumulate} parts each; give a multiple of {self.run.world * training.accumulate}."
             )
-        if self.sharded and (training.ema is not None or training.optimizer.lower().startswith("lamb")):
-            raise UserError("fsdp cuts tensors up, which ema and lamb's trust ratio cannot follow; use ddp.")
+        unable = [
+            *(["ema"] if training.ema is not None else []),
+            *(["lamb"] if training.optimizer.lower().startswith("lamb") else []),
+            *(["alternating turns"] if getattr(objective, "turns", None) else []),
+            *(["16-mixed precision"] if self.scaler is not None else []),
+        ]
+        if self.run.sharded and unable:
+            raise UserError(f"{' and '.join(unable)} cannot be done on the shares of tensors that fsdp keeps; use ddp.")
 
     def _optimizer(self, turn: Turn, groups: Groups | Mapping[str, Groups] | None) -> torch.optim.Optimizer:
         t = self.training
@@ -82,7 +93,8 @@ class Learner:
                 kept = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if id(p) in mine]
                 group["names"], group["params"] = [n for n, _ in kept], [p for _, p in kept]
             groups = [group for group in groups if group["params"]]
-        groups = optim.complete_groups(list(groups), t.lr, t.weight_decay)
+        groups = [{**group, "params": [self._now.get(id(p), p) for p in group["params"]]} for group in groups]
+        groups = optim.complete_groups(groups, t.lr, t.weight_decay)
         extra = dict(t.optimizer_args)
         if t.optimizer.lower() in ("lamb", "lambc"):
             extra.setdefault("max_grad_norm", t.clip)
@@ -119,40 +131,27 @@ class Learner:
         fabric, limit = self.run.fabric, self.training.clip
         if "max_grad_norm" in optimizer.defaults:
             limit = None
-        if limit is None and not self.sharded:
+        if limit is None:
             fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
-            return optim.global_norm(turn.parameters)
-        limit = float("inf") if limit is None else limit
-        norm = fabric.clip_gradients(self.module, optimizer, max_norm=limit, error_if_nonfinite=False)
+            norm = optim.global_norm(turn.parameters)
+        else:
+            norm = fabric.clip_gradients(self.module, optimizer, max_norm=limit, error_if_nonfinite=False)
         assert norm is not None
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # ------------------------------------------------------------------------------------------------------- states
 
     def state(self) -> dict[str, Any]:
-        """All that later steps depend on; under fsdp every process must call it."""
-        state: dict[str, Any] = {"model": self.model_state(), "ema": self.ema_state()}
-        if self.sharded:
-            from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        """All that later steps depend on; where the model is sharded, every process must call it."""
+        raw = [optimizer.optimizer for optimizer in self.optimizers]
+        states = [self.shell.optimizer_state(o) if self.shell is not None else o.state_dict() for o in raw]
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {**self.result(), "optimizers": states, "scaler": scaler}
 
-            raw = [optimizer.optimizer for optimizer in self.optimizers]
-            state["optimizers"] = [get_optimizer_state_dict(self._wrapped, o, options=_WHOLE()) for o in raw]
-        else:
-            state["optimizers"] = [optimizer.optimizer.state_dict() for optimizer in self.optimizers]
-        state["scaler"] = self.scaler.state_dict() if self.scaler is not None else None
-        return state
-
-    def model_state(self) -> dict[str, Any]:
-        """The objective's weights and buffers, whole."""
-        if self.sharded:
-            from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-            return get_model_state_dict(self._wrapped, options=_WHOLE())
-        return self.objective.state_dict()
-
-    def ema_state(self) -> dict[str, Any] | None:
-        """The moving average's weights and buffers."""
-        return None if self.ema is None else self.ema.module.state_dict()
+    def result(self) -> dict[str, Any]:
+        """The objective's weights and buffers, and those of the moving average."""
+        model = self.shell.model_state() if self.shell is not None else self.objective.state_dict()
+        return {"model": model, "ema": None if self.ema is None else self.ema.module.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go back to a :meth:`state`.
@@ -162,10 +161,8 @@ class Learner:
         """
         self.load_result(state)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            if self.sharded:
-                from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
-
-                set_optimizer_state_dict(self._wrapped, optimizer.optimizer, saved, options=_WHOLE())
+            if self.shell is not None:
+                self.shell.load_optimizer_state(optimizer.optimizer, saved)
             else:
                 optimizer.optimizer.load_state_dict(saved)
         if self.scaler is not None and state["scaler"] is not None:
@@ -173,32 +170,29 @@ class Learner:
 
     def load_result(self, state: dict[str, Any]) -> None:
         """Take the weights and the moving average of a state, and nothing else of it."""
-        if self.sharded:
-            from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
-            set_model_state_dict(self._wrapped, state["model"], options=_WHOLE())
+        if self.shell is not None:
+            self.shell.load_model_state(state["model"])
         else:
             self.objective.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
 
-    @property
-    def _wrapped(self) -> nn.Module:
-        return self.module._forward_module
+    def evaluate(self, function: Callable[[nn.Module], Mapping[str, float]]) -> dict[str, float]:
+        """Call a function with the objective in evaluation mode."""
+        self.objective.eval()
+        with torch.no_grad(), self.shell.whole() if self.shell is not None else contextlib.nullcontext():
+            values = function(self.objective)
+        self.objective.train()
+        return {name: float(value) for name, value in values.items()}
 
     def release(self) -> nn.Module:
         """The objective as it was given, trained, in evaluation mode."""
         for parent, name, original in self._synced:
             setattr(parent, name, original)
+        if self.shell is not None:
+            self.shell.dissolve()
         self.objective._compiled_call_impl = None
         return self.objective.eval()
-
-
-def _WHOLE() -> Any:
-    """Whole tensors on the CPU, not each process's share."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def _synchronise_batch_norm(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

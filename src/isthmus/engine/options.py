@@ -28,7 +28,7 @@ class RunOptions:
     num_nodes: int = 1
     """Machines that share the run."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several devices share the work: ddp copies the model, fsdp (GPUs only) cuts it up."""
+    """How several devices share the work: ddp copies the model, fsdp leaves each a share of it, to save memory."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic; weights and optimiser stay in 32 bits."""
     max_steps: int | None = None

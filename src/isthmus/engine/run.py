@@ -22,7 +22,7 @@ from rich.console import Console
 
 from isthmus.catalog import Claim
 from isthmus.codec import UserError, write_atomically
-from isthmus.engine import checkpoint, folder
+from isthmus.engine import checkpoint, folder, sharding
 from isthmus.engine.options import RunOptions
 from isthmus.layers.random import ShardedGenerator, derive_seed
 from isthmus.report import Record, environment
@@ -46,6 +46,8 @@ class Run:
         dir: the folder.
         fabric: devices, precision, and how processes talk; already launched.
         rank, world: this process among all that share the run.
+        is_first: this process writes; the others do not.
+        sharded: every process keeps a share of the model.
         resumed: the folder held this run before.
 
     Raises:
@@ -75,6 +77,7 @@ class Run:
         self.fabric.launch()
         self.rank, self.world = self.fabric.global_rank, self.fabric.world_size
         self.is_first = self.rank == 0
+        self.sharded = self.options.strategy == "fsdp" and self.world > 1
         self._lock: folder.Lock | None = None
         self.dir, self.resumed = self._open()
         self.phases: list[str] = []
@@ -243,14 +246,15 @@ def make_fabric(options: RunOptions) -> Fabric:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     devices, nodes = launched_by_others() or (options.devices, options.num_nodes)
     several = nodes > 1 or devices != 1
-    if options.strategy == "fsdp" and kind != "cuda":
-        raise UserError("--strategy fsdp needs GPUs; use --strategy ddp on other devices.")
-    # Models keep heads that an objective does not use, and alternating objectives train a part at a time.
-    copies = DDPStrategy(find_unused_parameters=True)
-    strategy = "fsdp" if options.strategy == "fsdp" else copies if several or options.strategy == "ddp" else "auto"
+    strategy: Any = "auto"
+    if several and options.strategy == "fsdp":
+        strategy = sharding.strategy()
+    elif several or options.strategy == "ddp":
+        # Models keep heads that an objective does not use, and alternating objectives train a part at a time.
+        strategy = DDPStrategy(find_unused_parameters=True)
     plugins: list[Any] = []
     precision: Any = options.precision
-    if precision != "32-true" and strategy != "fsdp":
+    if precision != "32-true":
         scaler = torch.amp.GradScaler(kind) if precision == "16-mixed" else None
         plugins, precision = [_Autocast(precision, kind, scaler)], None
     if several:
