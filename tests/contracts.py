@@ -20,6 +20,7 @@ from isthmus.decoders.probes import (
     NonLinearProbe,
     PooledProbe,
 )
+from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
 
@@ -87,4 +88,5 @@ DECODERS: dict[str, tuple[Make, Feed]] = {
     "convolutional probe": (lambda: ConvProbe(8, 5, width=8), pyramid((4, 8), (8, 4))),
     "alexnet probe": (lambda: AlexNetProbe(8, 5, side=6, conv=True, width=16), pyramid((8, 6))),
     "attentive probe": (lambda: AttentiveProbe(8, 5, num_heads=2), tokens(9, 8)),
+    "spark u-net": (lambda: SparKUNet([(4, 4), (8, 8)], width=16, output_stride=4), pyramid((4, 8), (8, 4))),
 }
