@@ -88,6 +88,18 @@ def test_fused_decoder_stays_close_in_single_precision(monkeypatch: pytest.Monke
     assert float((one - other).abs().max()) < 2e-5 * float(one.abs().max())
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_fused_decoder_works_in_half_precision(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _always_fuse(monkeypatch)
+    torch.manual_seed(0)
+    decoder = SparKUNet(PYRAMID, 64, norm).eval()
+    full = decoder(_maps(), {"visible": _visible()})
+    with torch.autocast("cpu", torch.bfloat16):
+        half = decoder(_maps(), {"visible": _visible()})
+    half.float().square().sum().backward()
+    torch.testing.assert_close(half.float(), full, rtol=0, atol=0.03 * float(full.detach().abs().max()))
+
+
 def test_composition_is_chosen_where_the_batch_repays_it() -> None:
     """The published decoder at 224 px: three blocks at batch 8, four at 64, all at 512 (figures of the docstring)."""
     blocks = [(768 >> k, 7 << k) for k in range(5)]

@@ -272,14 +272,13 @@ def up_and_convolve(x: Tensor, up: Tensor, bias: Tensor | None, weight: Tensor) 
     Returns:
         ``(B, F, 2H, 2W)``.
     """
-    # K[t] = sum_a weight[a] up[t + a - 2]: the taps of a transposed convolution of side 6, stride 2, padding 2.
-    kernel = F.conv_transpose2d(up, weight.flip(2, 3).transpose(0, 1))  # (C, F, 6, 6)
-    # Output pixel 2q + r reads input q + d with tap r - 2d + 2, d = -1, 0, 1: four phases of a 3x3 convolution.
-    phases = kernel.unflatten(3, (3, 2)).unflatten(2, (3, 2)).flip(2, 4)  # (C, F, d, r, d, r)
-    phases = phases.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
-    constant = None
-    if bias is not None:
-        constant = (weight.sum((2, 3)) @ bias).repeat_interleave(4)
+    with torch.autocast(x.device.type, enabled=False):  # kernels are composed in full precision, whatever x has
+        # K[t] = sum_a weight[a] up[t + a - 2]: the taps of a transposed convolution of side 6, stride 2, padding 2.
+        kernel = F.conv_transpose2d(up, weight.flip(2, 3).transpose(0, 1))  # (C, F, 6, 6)
+        # Output pixel 2q + r reads input q + d with tap r - 2d + 2, d = -1, 0, 1: four phases of a 3x3 convolution.
+        phases = kernel.unflatten(3, (3, 2)).unflatten(2, (3, 2)).flip(2, 4)  # (C, F, d, r, d, r)
+        phases = phases.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
+        constant = None if bias is None else (weight.sum((2, 3)) @ bias).repeat_interleave(4)
     whole = F.pixel_shuffle(F.conv2d(x, phases, constant, padding=1), 2)
 
     lines = []
@@ -323,7 +322,7 @@ def _pixels_of(cells: Tensor, patch: int, height: int, width: int) -> Tensor:
 def _scatter(rows: Tensor, token: Tensor, places: Tensor, like: Tensor) -> Tensor:
     """A map ``(B, C, H, W)``, channels last, with ``rows`` at ``places`` and ``token`` elsewhere."""
     batch, _, height, width = like.shape
-    dense = token.expand(batch * height * width, -1).index_copy(0, places, rows)
+    dense = token.to(rows.dtype).expand(batch * height * width, -1).index_copy(0, places, rows)
     return dense.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
