@@ -149,7 +149,7 @@ def _channels_last(x: Tensor) -> Tensor:
 def _fft(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same by FFT. ``conv2d`` correlates, so the kernel is flipped; its centre is lag 0."""
     kernel = weight[:, 0].flip(-2, -1)
-    y = fft_conv(x, kernel, causal=False)
+    y = fft_conv(x.contiguous(), kernel, causal=False)  # transforms over strided axes are slow
     return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
 
 
