@@ -54,7 +54,7 @@ def test_composed_kernels_equal_the_two_convolutions(size: tuple[int, int], bias
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_decoder_equals_the_plain_one(norm: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     _always_fuse(monkeypatch)
@@ -185,7 +185,7 @@ def test_every_scale_reaches_the_prediction() -> None:
         ({"width": 40}, "multiple of 32"),
         ({"output_stride": 3}, "power of two"),
         ({"output_stride": 8}, "would leave the scale of reduction 4 unread"),
-        ({"norm": "group"}, '"batch" or "layer"'),
+        ({"norm": "group"}, '"batch", "layer" or "none"'),
     ],
 )
 def test_what_cannot_be_built_is_told(arguments: dict, sentence: str) -> None:

@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from isthmus.codec import Condition, FeatureInfo, part
 
@@ -50,7 +52,7 @@ class Densify(nn.Module):
     Args:
         feature_info: the encoder's, finest first.
         width: channels of the coarsest result; a scale that is 2^k times finer has ``width / 2^k``.
-        norm: ``"batch"`` (published for ResNets) or ``"layer"`` (for ConvNeXts).
+        norm: ``"batch"`` (published for ResNets), ``"layer"`` (for ConvNeXts) or ``"none"``.
         fused: project visible rows only (see the top of this file); False convolves the filled map.
 
     Raises:
@@ -62,18 +64,16 @@ class Densify(nn.Module):
     def __init__(self, feature_info: Info, width: int = 768, norm: str = "batch", fused: bool = True) -> None:
         super().__init__()
         levels = _check_pyramid(feature_info)
-        if norm not in ("batch", "layer"):
-            raise ValueError(f'norm is {norm!r}; it is "batch" or "layer".')
+        norms = {"batch": nn.BatchNorm2d, "layer": partial(nn.LayerNorm, eps=1e-6), "none": nn.Identity}
+        if norm not in norms:
+            raise ValueError(f'norm is {norm!r}; it is "batch", "layer" or "none".')
         coarsest = levels[-1].reduction
         halvings = [int(math.log2(coarsest // level.reduction)) for level in levels]
         _check_width(width, max(halvings))
         self.fused = fused
         self.input_info = levels
         self.feature_info = [FeatureInfo(width >> k, r.reduction) for k, r in zip(halvings, levels, strict=True)]
-        self.norms = nn.ModuleList(
-            nn.BatchNorm2d(level.channels) if norm == "batch" else nn.LayerNorm(level.channels, eps=1e-6)
-            for level in levels
-        )
+        self.norms = nn.ModuleList(norms[norm](level.channels) for level in levels)
         self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, level.channels, 1, 1)) for level in levels)
         self.projections = nn.ModuleList()
         for level, out in zip(levels, self.feature_info, strict=True):
@@ -123,10 +123,10 @@ class Densify(nn.Module):
         places = _pixels_of(cells, patch, height, width)
         rows = feature.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, places)
         norm = self.norms[index]
-        if isinstance(norm, nn.LayerNorm):
-            rows = norm(rows)
-        else:  # four axes, so that synchronised batch norm can stand here too
+        if isinstance(norm, _BatchNorm):  # four axes, so that synchronised batch norm can stand here too
             rows = norm(rows[:, :, None, None])[:, :, 0, 0]
+        else:
+            rows = norm(rows)
         token, projection = self.mask_tokens[index].flatten(), self.projections[index]
         if self.fused and isinstance(projection, nn.Conv2d):
             if projection.kernel_size == (1, 1):
@@ -149,7 +149,7 @@ class SparKUNet(nn.Module):
     Args:
         feature_info: the encoder's, finest first.
         width: channels at the coarsest scale; 768 is published.
-        norm: the norm of :class:`Densify`, ``"batch"`` or ``"layer"``.
+        norm: that of :class:`Densify`.
         output_stride: 1 is published. With ``s`` the blocks stop at that reduction and the last projection predicts
             ``s x s`` pixels for each cell.
         channels: of the image.

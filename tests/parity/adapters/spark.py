@@ -24,6 +24,8 @@ from isthmus.objectives import spark
 from isthmus.objectives.spark import SparK, fill_hidden, masked_loss, patch_errors, visible_cells
 from tests.parity.case import Case, UnknownCase
 
+NORMS = {"bn": "batch", "ln": "layer", "": "none"}
+
 
 def outputs(case: Case) -> dict[str, Tensor]:
     """Every tensor of ``case.expected``, from ours."""
@@ -49,7 +51,8 @@ def _backbone(config: dict[str, Any]) -> Backbone:
     kind = config["cnn"]
     if "ResNet" in kind:
         block = Bottleneck if "Bottleneck" in kind else BasicBlock
-        return Backbone(ResNet(block, config["layers"], channels=config["channels"], num_classes=0))
+        widths = {"channels": config["channels"], "base_width": config.get("base_width", 64)}
+        return Backbone(ResNet(block, config["layers"], **widths, num_classes=0))
     if "ConvNeXt" in kind:
         return Backbone(ConvNeXt(depths=config["depths"], dims=config["dims"], num_classes=0))
     raise UnknownCase(f"no backbone {kind!r}")
@@ -58,7 +61,7 @@ def _backbone(config: dict[str, Any]) -> Backbone:
 def _model(case: Case) -> dict[str, Tensor]:
     config = case.config
     encoder = _backbone(config)
-    norm = {"bn": "batch", "ln": "layer"}[config["densify_norm"]]
+    norm = NORMS[config["densify_norm"]]
     decoder = SparKUNet(encoder.feature_info, config["decoder_width"], norm)
     objective = SparK(encoder, decoder, config["mask_ratio"], mode="masked" if config.get("sparse", True) else "zeroed")
     state = spark.from_official(case.params)
@@ -267,7 +270,7 @@ def _on_map(
 def _windowed(name: str, described: str) -> nn.Module:
     """``6->8 5x5 s2 p2 groups 2 bias``, ``3 s2 p1 count_include_pad``."""
     channels = re.match(r"(\d+)->(\d+) (\d+)x\3", described)
-    stride, padding = (re.search(rf"\b{key}(\d+)", described) for key in "sp")
+    stride, padding, dilation = (re.search(rf"\b{key}(\d+)", described) for key in "spd")
     window = {"stride": int(stride[1]) if stride else 1, "padding": int(padding[1]) if padding else 0}
     if channels is None:
         size = int(described.split()[0])
@@ -278,6 +281,7 @@ def _windowed(name: str, described: str) -> nn.Module:
     groups = re.search(r"groups (\d+)", described)
     fan_in, fan_out, size = map(int, channels.groups())
     groups_ = int(groups[1]) if groups else 1
+    window["dilation"] = int(dilation[1]) if dilation else 1
     return nn.Conv2d(fan_in, fan_out, size, **window, groups=groups_, bias="bias" in described)
 
 
@@ -298,9 +302,9 @@ def count(name: str, entry: dict[str, Any]) -> dict[str, int]:
     with torch.device("meta"):
         model = create_timm(name)
         encoder = Backbone(model)
-        norm = {"bn": "batch", "ln": "layer"}[config["densify_norm"]]
+        norm = NORMS[config["densify_norm"]]
         decoder = SparKUNet(encoder.feature_info, config["decoder_width"], norm)
-        objective = SparK(encoder, decoder)
+        objective = SparK(encoder, decoder, config.get("mask_ratio", 0.6))
 
     def size(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -308,7 +312,7 @@ def count(name: str, entry: dict[str, Any]) -> dict[str, int]:
     head = sum(p.numel() for n, p in model.named_parameters() if n.startswith(("fc.", "head.")))
     densify = decoder.densify
     cells = (config["input_size"] // objective.patch) ** 2
-    return {
+    counted = {
         "params": size(model),
         "encoder_params_no_head": size(model) - head,
         "decoder_params": size(decoder) - size(densify),
@@ -318,3 +322,4 @@ def count(name: str, entry: dict[str, Any]) -> dict[str, int]:
         "pretraining_total": size(objective) - head,
         "len_keep": visible_cells(cells, objective.ratio),
     }
+    return {key: value for key, value in counted.items() if key in entry or key in config}
