@@ -4,6 +4,8 @@ Importing this package registers our image architectures with timm.
 """
 
 from isthmus.encoders import alexnet as alexnet
+from isthmus.encoders import inceptionnext as inceptionnext
 from isthmus.encoders import nin as nin
 from isthmus.encoders import replknet as replknet
+from isthmus.encoders import transnext as transnext
 from isthmus.encoders import unireplknet as unireplknet
