@@ -101,7 +101,7 @@ def test_bad_images_are_skipped_and_named() -> None:
 
 
 def test_model_is_measured_in_eval_mode_and_given_back_as_it_was() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.BatchNorm2d(4))
+    net = nn.Sequential(*box(3), nn.BatchNorm2d(2), nn.Dropout(0.9), nn.BatchNorm2d(2))
     net.train()
     net[3].eval()
     mean = net[1].running_mean.clone()

@@ -32,6 +32,7 @@ from isthmus.layers.fft_conv import fft_conv
 Backend = Literal["auto", "direct", "fft"]
 Pair = tuple[int, int]
 
+_FORWARD_LIMIT = 5  # padding below which the forward pass has no slow road
 _NCHW_LIMIT = 6  # padding up to which oneDNN's vectorised kernel takes NCHW maps
 _FFT_KERNEL, _FFT_MAP = 31, 48
 
@@ -102,13 +103,13 @@ def depthwise_conv2d(
     Returns:
         ``(B, C, ceil(H / stride), ceil(W / stride))``; equal to ``conv2d`` to rounding, also in its gradients.
     """
-    kernel = weight.shape[-2:]
     pad = _padding(weight, dilation)
-    if stride != 1 or not _is_slow_case(x, weight, dilation):
+    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if stride != 1 or not (learning or max(pad) >= _FORWARD_LIMIT) or not _is_slow_case(x, weight, dilation):
         return F.conv2d(x, weight, bias, stride, pad, dilation, groups=x.shape[1])
-    if dilation == 1 and min(kernel) >= _FFT_KERNEL and min(x.shape[-2:]) >= _FFT_MAP:
+    if dilation == 1 and min(weight.shape[-2:]) >= _FFT_KERNEL and min(x.shape[-2:]) >= _FFT_MAP:
         return _fft(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if learning:
         y = _Depthwise.apply(x, weight, dilation)
         return y if bias is None else y + bias.view(-1, 1, 1)
     return _same(x, weight, bias, dilation)
