@@ -67,6 +67,12 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         ),
         image(),
     ),
+    "transnext": (
+        lambda: Backbone(
+            "transnext_micro", embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), pretrain_size=64
+        ),
+        image(),
+    ),
     "unireplknet": (lambda: Backbone("unireplknet_a", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), image()),
     "unireplknet hearing": (
         lambda: AsImage(

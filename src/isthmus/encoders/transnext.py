@@ -1,0 +1,635 @@
+"""TransNeXt: sharp around every place, coarse everywhere, in one softmax (arXiv 2311.17132, CVPR 2024).
+
+A four-stage transformer. In its *aggregated attention* every query sees the keys of a small window around it and those
+of a pooled view of the whole map; queries are scaled by the logarithm of the number of keys that they see, and the bias
+of pooled keys comes from a small network on log-spaced coordinates, so that one set of weights serves many image sizes.
+Features are mixed by a gated linear unit whose gate passes through a 3x3 depthwise convolution.
+
+``timm.create_model("transnext_tiny")`` after ``import isthmus.encoders``. One class serves classification and dense
+prediction, at any input size. Keys and values of windows are never copied: see :mod:`isthmus.layers.neighbourhood`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import trunc_normal_ as trunc_normal
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from isthmus.layers.neighbourhood import neighbour_mix, neighbour_scores, visible_neighbours
+
+Pair = tuple[int, int]
+BiasMode = Literal["extrapolate", "interpolate"]
+
+
+class Grid(NamedTuple):
+    """Rows and columns at one stage: of the map, of the pooled keys, of both where the bias is made, and of the map in
+    pretraining; and which places of a window are inside the map, bool ``(k·k, H, W)``."""
+
+    size: Pair
+    keys: Pair
+    bias_size: Pair
+    bias_keys: Pair
+    pretrained: Pair
+    visible: Tensor
+
+
+class PositionBias(nn.Module):
+    """Bias of keys from log-spaced relative coordinates: MLP(sign(δ)·log2(|δ| + 1) / 3).
+
+    δ = 8·(query - key) / (P - 1) along each axis, P the side of the map in pretraining. Where the map is not the one
+    that the bias is made for, the bias is interpolated, over keys and then over queries.
+
+    Args:
+        heads: h.
+        hidden: width of the MLP.
+    """
+
+    def __init__(self, heads: int, hidden: int = 512) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(2, hidden), nn.Linear(hidden, heads)
+
+    def forward(self, grid: Grid) -> Tensor:
+        """``(h, keys, places)``."""
+        (height, width), (key_rows, key_columns) = grid.bias_size, grid.bias_keys
+        axes = zip(grid.bias_size, grid.bias_keys, grid.pretrained, strict=True)
+        (y, row_of), (x, column_of) = ((torch.from_numpy(a) for a in _distances(*axis)) for axis in axes)
+        weight = self.fc1.weight
+        pairs = torch.stack([y[:, None].expand(-1, len(x)), x.expand(len(y), -1)], -1).to(weight.device, weight.dtype)
+        # The bias of every distinct pair of distances, spread to keys and places one axis after the other, so that
+        # long rows are gathered and, in the backward pass, summed.
+        table = self.fc2(F.relu(self.fc1(pairs), inplace=True))
+        table = table.index_select(0, row_of.to(weight.device)).transpose(0, 1).flatten(1)
+        table = table.index_select(0, column_of.to(weight.device))
+        bias = table.view(key_columns, width, key_rows, height, -1).permute(4, 2, 0, 3, 1)
+        return _resize(bias, grid.keys, grid.size).flatten(3).flatten(1, 2)
+
+
+class CosineAttention(nn.Module):
+    """What both kinds of attention share: the temperature t and the query embedding QE of every head.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {dim}.")
+        self.heads = heads
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(math.exp(1 / 0.24) - 1)))
+        self.query_embedding = nn.Parameter(torch.empty(heads, 1, dim // heads))
+        trunc_normal(self.query_embedding, std=0.02)
+
+    def scaled(self, queries: Tensor, embedding: Tensor, log_count: Tensor | float) -> Tensor:
+        """(q̂ + QE)·softplus(t)·log(number of keys seen), the scale in float32."""
+        scale = F.softplus(self.temperature.float()) * log_count
+        return (queries + embedding.to(queries.dtype)) * scale.to(queries.dtype)
+
+
+class PlainAttention(CosineAttention):
+    """Cosine attention of every place to every place, for the last stage.
+
+    Shapes: ``(B, H, W, C)`` → the same.
+    """
+
+    def __init__(self, dim: int, heads: int, attn_drop: float = 0.0) -> None:
+        super().__init__(dim, heads)
+        self.qkv, self.proj, self.cpb = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), PositionBias(heads)
+        self.attn_drop = attn_drop
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """``(B, H, W, C)`` → the same."""
+        parts = self.qkv(x.flatten(1, 2)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = unit(parts[0], 3), unit(parts[1], 3), parts[2]
+        q = self.scaled(q, self.query_embedding, math.log(q.shape[2]))
+        bias = self.cpb(grid).transpose(1, 2).to(q.dtype)[None]
+        drop = self.attn_drop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, bias, drop, scale=1.0)
+        return self.proj(y.transpose(1, 2).flatten(2)).view(x.shape)
+
+
+class AggregatedAttention(CosineAttention):
+    """Attention to a window and to a pooled view of the map in one softmax, with learnable tokens T for the window.
+
+    y = (a_local + q̂ T + β) v_local + a_pooled v_pooled. The local part is not normalised with the rest.
+
+    Args:
+        dim: C.
+        heads: h.
+        window: odd side k of the window.
+        attn_drop: dropout of attention.
+
+    Shapes: ``(B, H, W, C)`` → the same.
+
+    Raises:
+        ValueError: an even window, or ``heads`` that does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int = 3, attn_drop: float = 0.0) -> None:
+        super().__init__(dim, heads)
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"window {window}: the window around a place has an odd side.")
+        self.window, self.attn_drop = window, attn_drop
+        cells = window * window
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.sr, self.norm, self.cpb = nn.Conv2d(dim, dim, 1), nn.LayerNorm(dim), PositionBias(heads)
+        self.local_bias = nn.Parameter(torch.empty(heads, cells))
+        self.learnable_tokens = nn.Parameter(torch.empty(heads, dim // heads, cells))
+        self.learnable_bias = nn.Parameter(torch.zeros(heads, 1, cells))
+        trunc_normal(self.local_bias, std=0.0004)
+        trunc_normal(self.learnable_tokens, std=0.02)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """``(B, H, W, C)`` → the same."""
+        queries = unit(self._split(self.q(x)), 2)
+        keys, values = self._split(self.kv(x)).chunk(2, 1)
+        coarse_keys, coarse_values = self._split(self.kv(self.pooled(x, grid.keys))).chunk(2, 1)
+        log_count = self.log_count(grid).flatten()
+        q = self.scaled(queries, self.query_embedding.transpose(1, 2), log_count)
+
+        bias = self.local_bias[:, :, None, None].masked_fill(~grid.visible, -math.inf)
+        local = neighbour_scores(q.unflatten(3, grid.size), unit(keys, 2).unflatten(3, grid.size), self.window)
+        local = (local + bias.to(q.dtype)).flatten(3)
+        coarse = unit(coarse_keys, 2).transpose(2, 3) @ q
+        coarse = coarse.add_(self.cpb(grid).to(coarse.dtype))
+        a = F.dropout(torch.cat([local, coarse], 2).softmax(2), self.attn_drop, self.training)
+        local, coarse = a.split([local.shape[2], coarse.shape[2]], 2)
+
+        tokens, beta = self.learnable_tokens.transpose(1, 2), self.learnable_bias.transpose(1, 2)
+        weights = (local + beta + tokens @ queries).to(values.dtype).unflatten(3, grid.size)
+        y = neighbour_mix(weights, values.unflatten(3, grid.size), self.window).flatten(3)
+        y = (coarse_values @ coarse.to(coarse_values.dtype)).add_(y)
+        return self.proj(y.flatten(1, 2).transpose(1, 2)).view(x.shape)
+
+    def log_count(self, grid: Grid) -> Tensor:
+        """Logarithm of the number of keys that every place sees, float32 ``(H, W)``."""
+        return (grid.visible.sum(0) + grid.keys[0] * grid.keys[1]).float().log()
+
+    def pooled(self, x: Tensor, keys: Pair) -> Tensor:
+        """The coarse view, ``(B, H, W, C)`` → ``(B, *keys, C)``: 1x1 convolution, GELU, mean, LayerNorm."""
+        y = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias)).permute(0, 3, 1, 2)
+        return self.norm(F.adaptive_avg_pool2d(y, keys).permute(0, 2, 3, 1))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """``(B, H, W, n·C)`` → ``(B, n·h, d, N)``: places last, because everything runs along them."""
+        lines = x.flatten(1, 2).transpose(1, 2).contiguous()
+        return lines.unflatten(1, (-1, self.query_embedding.shape[2]))
+
+
+class ConvGLU(nn.Module):
+    """W_2 (GELU(DWConv3x3(W_g x)) · W_v x), the hidden width two thirds of ``ratio`` · C.
+
+    Shapes: ``(B, H, W, C)`` → the same.
+    """
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(2 * int(ratio * dim) / 3)
+        self.fc1, self.fc2 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` → the same."""
+        # Two products with halves of one matrix, because the convolution wants its input in one piece.
+        (gate_weight, value_weight), (gate_bias, value_bias) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
+        gate = self.dwconv(F.linear(x, gate_weight, gate_bias).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(F.gelu(gate) * F.linear(x, value_weight, value_bias))
+
+
+class TransNeXtBlock(nn.Module):
+    """x += DropPath(attention(LN(x))); x += DropPath(ConvGLU(LN(x))).
+
+    Shapes: ``(B, H, W, C)`` → the same.
+    """
+
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.attn, self.mlp = attention, ConvGLU(dim, mlp_ratio)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """``(B, H, W, C)`` → the same."""
+        x = x + self.drop_path(self.attn(self.norm1(x), grid))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: a convolution of side 2s - 1 and stride s, then LayerNorm.
+
+    Shapes: ``(B, C_in, H, W)`` → ``(B, ceil(H / s), ceil(W / s), C)``.
+    """
+
+    def __init__(self, in_chans: int, dim: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 2 * stride - 1, stride, stride - 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C_in, H, W)`` → ``(B, H', W', C)``."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class TransNeXtStage(nn.Module):
+    """Patches, blocks, LayerNorm.
+
+    Shapes: ``(B, C_in, H, W)`` → ``(B, C, ceil(H / s), ceil(W / s))``.
+    """
+
+    def __init__(self, embed: PatchEmbed, blocks: Sequence[nn.Module], dim: int) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.norm = embed, nn.ModuleList(blocks), nn.LayerNorm(dim, 1e-6)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """``(B, C_in, H, W)`` → ``(B, C, H', W')``."""
+        x = self.embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(block, x, grid, use_reentrant=False))
+            else:
+                x = block(x, grid)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+
+class TransNeXt(nn.Module):
+    """The network, with timm's interface.
+
+    Args:
+        embed_dims: channels of the stages.
+        depths: blocks of the stages.
+        num_heads: heads of the stages.
+        mlp_ratios: of the stages; the hidden width of the gated unit is two thirds of ratio · channels.
+        sr_ratios: cells of the map to a cell of the pooled view, each way; 1 is plain attention.
+        window_size: odd side of the window, or one for every stage.
+        patch_size: stride of the first stage; the others halve the map.
+        pretrain_size: image side, or (rows, columns), that coordinates of the position bias are relative to.
+        bias_mode: ``"extrapolate"`` makes the bias for the actual map; ``"interpolate"`` makes it for images of
+            ``img_size`` and resizes it, as detectors were trained.
+        img_size: see ``bias_mode``; ``pretrain_size`` by default. Images of any size are taken either way.
+        fixed_pool_size: side of the pooled view at every image size (linear complexity); by default the map's side over
+            ``sr_ratios``.
+        in_chans: channels of the input.
+        num_classes: outputs of the head; 0 returns pooled features.
+        global_pool: timm's name of the pooling.
+        drop_rate: dropout before the classifier.
+        attn_drop_rate: dropout of attention.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        attention: makes the attention of stages with a pooled view from (channels, heads, window, dropout).
+
+    Shapes: ``(B, in_chans, H, W)`` → ``(B, num_classes)``; levels of reduction 4, 8, 16, 32, each through its
+    LayerNorm, their sides rounded up.
+
+    Raises:
+        ValueError: lists of unequal lengths, heads that do not divide the channels, an even window, an unknown mode; in
+            forward a wrong number of input channels, or a map too small for its pooled view.
+    """
+
+    def __init__(
+        self,
+        embed_dims: Sequence[int] = (72, 144, 288, 576),
+        depths: Sequence[int] = (2, 2, 15, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        window_size: int | Sequence[int | None] = 3,
+        patch_size: int = 4,
+        pretrain_size: int | Pair = 224,
+        bias_mode: BiasMode = "extrapolate",
+        img_size: int | Pair | None = None,
+        fixed_pool_size: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attention: Callable[[int, int, int, float], nn.Module] = AggregatedAttention,
+    ) -> None:
+        super().__init__()
+        windows = [window_size] * len(embed_dims) if isinstance(window_size, int) else list(window_size)
+        lists = (embed_dims, depths, num_heads, mlp_ratios, sr_ratios, windows)
+        if len({len(entries) for entries in lists}) != 1:
+            raise ValueError(
+                "embed_dims, depths, num_heads, mlp_ratios, sr_ratios and window_size need one entry a stage; they "
+                f"have {', '.join(str(len(entries)) for entries in lists)}."
+            )
+        if bias_mode not in ("extrapolate", "interpolate"):
+            raise ValueError(f"bias_mode {bias_mode!r} is neither 'extrapolate' nor 'interpolate'.")
+        if min(sr_ratios) < 1 or (fixed_pool_size is not None and fixed_pool_size < 1):
+            raise ValueError(f"sr_ratios {sr_ratios} and fixed_pool_size {fixed_pool_size} must be at least 1.")
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.pretrain_size = _pair(pretrain_size)
+        self.img_size = self.pretrain_size if img_size is None else _pair(img_size)
+        self.bias_mode, self.fixed_pool_size, self.sr_ratios = bias_mode, fixed_pool_size, tuple(sr_ratios)
+        self.windows = [window or 1 for window in windows]
+        self.strides = [patch_size] + [2] * (len(embed_dims) - 1)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, (dim, heads) in enumerate(zip(embed_dims, num_heads, strict=True)):
+            make: Callable[[], nn.Module] = (
+                functools.partial(PlainAttention, dim, heads, attn_drop_rate)
+                if sr_ratios[i] == 1
+                else functools.partial(attention, dim, heads, self.windows[i], attn_drop_rate)
+            )
+            blocks = [TransNeXtBlock(dim, make(), mlp_ratios[i], rate) for rate in rates[i]]
+            embed = PatchEmbed(embed_dims[i - 1] if i else in_chans, dim, self.strides[i])
+            stages.append(TransNeXtStage(embed, blocks, dim))
+        self.stages: Any = nn.ModuleList(stages)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(embed_dims)
+        ]
+        self.head: Any = ClassifierHead(embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.apply(_init)
+
+    def grids(self, height: int, width: int, device: torch.device | None = None, last: int = -1) -> list[Grid]:
+        """What the stages, up to number ``last``, see of an image of ``height`` x ``width`` pixels.
+
+        Raises:
+            ValueError: a map is too small for its pooled view.
+        """
+        grids = []
+        size, pretrained, made_for = (height, width), self.pretrain_size, self.img_size
+        for i, stride in enumerate(self.strides[: last % len(self.stages) + 1]):
+            size, pretrained, made_for = (_strided(side, stride) for side in (size, pretrained, made_for))
+            bias_size = made_for if self.bias_mode == "interpolate" else size
+            keys, bias_keys = (self._keys(i, side) for side in (size, bias_size))
+            visible = visible_neighbours(*size, self.windows[i], device)
+            grids.append(Grid(size, keys, bias_size, bias_keys, pretrained, visible))
+        return grids
+
+    def _keys(self, stage: int, size: Pair) -> Pair:
+        """The pooled view of a map."""
+        ratio, fixed = self.sr_ratios[stage], self.fixed_pool_size
+        if ratio == 1:
+            return size
+        told = f"stage {stage + 1} has a map of {size[0]}x{size[1]} cells"
+        if fixed is not None:
+            if fixed >= min(size):
+                raise ValueError(f"{told}; fixed_pool_size {fixed} must be smaller than its sides: use larger images.")
+            return fixed, fixed
+        if min(size) < ratio:
+            raise ValueError(f"{told}, too small to be pooled by {ratio}: use larger images or smaller sr_ratios.")
+        return size[0] // ratio, size[1] // ratio
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """timm's: the maps of the stages asked for, finest first; every stage ends in its LayerNorm.
+
+        Raises:
+            ValueError: ``output_fmt`` is not ``"NCHW"``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r}: the maps of this network are 'NCHW'.")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        for i, grid in enumerate(self._checked(x, last if stop_early else -1)):
+            x = self.stages[i](x, grid)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: drop the stages after the last one asked for, and the head."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_head or last + 1 < len(self.feature_info):
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.head = nn.Identity()
+            self.num_classes = 0
+        return list(take)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``(B, in_chans, H, W)`` → ``(B, C, H / 32, W / 32)``, normalised."""
+        for stage, grid in zip(self.stages, self._checked(x), strict=True):
+            x = stage(x, grid)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool, classify: ``(B, C, h, w)`` → ``(B, num_classes)``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_chans, H, W)`` → ``(B, num_classes)``, or pooled features where there are no classes."""
+        return self.forward_head(self.forward_features(x))
+
+    def _checked(self, x: Tensor, last: int = -1) -> list[Grid]:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"the input is {tuple(x.shape)}; this network takes (B, {self.in_chans}, H, W).")
+        return self.grids(x.shape[2], x.shape[3], x.device, last)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier, and pooling where it is given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of storing their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's: parameters that are not shrunk, beside those of one dimension."""
+        free = ("query_embedding", "local_bias", ".cpb.", "temperature")
+        return {name for name, _ in self.named_parameters() if any(part in name for part in free)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's: parameter names → depth, for layer-wise learning rates."""
+        if coarse:
+            return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)"}
+        blocks = [
+            (r"^stages\.(\d+)\.embed", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),
+        ]
+        return {"stem": r"^stages\.0\.embed", "blocks": blocks}
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """Vectors along ``dim`` to length 1; the norm is taken in float32."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim, eps=1e-12).to(x.dtype)
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _pair(side: int | Sequence[int]) -> Pair:
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
+def _strided(size: Pair, stride: int) -> Pair:
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
+@functools.lru_cache(maxsize=256)
+def _distances(side: int, keys: int, pretrained: int) -> tuple[np.ndarray, np.ndarray]:
+    """Along one axis: the distinct log-spaced distances, and for every (key, query) the number of its distance."""
+    number = np.arange(keys)
+    first, end = number * side // keys, -(-(number + 1) * side // keys)  # the cells that adaptive pooling averages
+    delta = (np.arange(side) - (first + end - 1)[:, None] / 2) * 8 / max(pretrained - 1, 1)
+    distinct, of = np.unique(delta, return_inverse=True)
+    return np.sign(distinct) * np.log2(np.abs(distinct) + 1) / 3, of.reshape(-1)
+
+
+def _resize(bias: Tensor, keys: Pair, size: Pair) -> Tensor:
+    """Bilinear, ``(h, Hk, Wk, H, W)`` → ``(h, *keys, *size)``: over keys, then over places."""
+    heads, rows, columns, height, width = bias.shape
+    if (rows, columns) != keys:
+        over_keys = bias.permute(0, 3, 4, 1, 2).reshape(heads, height * width, rows, columns)
+        over_keys = F.interpolate(over_keys, keys, mode="bilinear", align_corners=False)
+        bias = over_keys.view(heads, height, width, *keys).permute(0, 3, 4, 1, 2)
+    if (height, width) != size:
+        places = bias.reshape(heads, -1, height, width)
+        bias = F.interpolate(places, size, mode="bilinear", align_corners=False).view(heads, *keys, *size)
+    return bias
+
+
+# ------------------------------------------------------------------------------------------------ official checkpoints
+
+
+_PLACES = {"patch_embed": "embed", "block": "blocks", "norm": "norm"}
+
+
+def convert_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The published layout (DaiShiResearch/TransNeXt) in our names: a classifier, a backbone, or a whole detector, of
+    which the backbone is taken.
+
+    Args:
+        state: the checkpoint, with or without its ``"model"`` or ``"state_dict"`` level.
+    """
+    state = state.get("model", state.get("state_dict", state))
+    if any(name.startswith("backbone.") for name in state):
+        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    converted = {}
+    for name, tensor in state.items():
+        if found := re.match(r"(patch_embed|block|norm)(\d+)\.", name):  # stages are counted from 1 there
+            name = f"stages.{int(found[2]) - 1}.{_PLACES[found[1]]}.{name[found.end() :]}"
+        name = re.sub(r"\.attn\.cpb_(fc[12])\.", r".attn.cpb.\1.", name)
+        name = name.replace(".relative_pos_bias_local", ".local_bias").replace(".dwconv.dwconv.", ".dwconv.")
+        converted[re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)] = tensor
+    return converted
+
+
+def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook at loading: official names become ours."""
+    return dict(state) if "stages.0.embed.proj.weight" in state else convert_official(state)
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def _cfg(name: str, side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "hf_hub_id": f"DaiShiResearch/transnext-{name.replace('_', '-')}",
+        "hf_hub_filename": f"transnext_{name}.pth",
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "pool_size": (side // 32, side // 32),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stages.0.embed.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "transnext_micro.in1k": _cfg("micro_224_1k"),
+        "transnext_tiny.in1k": _cfg("tiny_224_1k"),
+        "transnext_small.in1k": _cfg("small_224_1k"),
+        "transnext_small.in1k_ft_384": _cfg("small_384_1k_ft_1k", 384, crop_pct=1.0),
+        "transnext_base.in1k": _cfg("base_224_1k"),
+        "transnext_base.in1k_ft_384": _cfg("base_384_1k_ft_1k", 384, crop_pct=1.0),
+        "transnext_micro_aaaa.in1k": _cfg("micro_AAAA_256_1k", 256),
+    }
+)
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "transnext_micro": {"embed_dims": (48, 96, 192, 384), "num_heads": (2, 4, 8, 16), "depths": (2, 2, 15, 2)},
+    "transnext_tiny": {"embed_dims": (72, 144, 288, 576), "num_heads": (3, 6, 12, 24), "depths": (2, 2, 15, 2)},
+    "transnext_small": {"embed_dims": (72, 144, 288, 576), "num_heads": (3, 6, 12, 24), "depths": (5, 5, 22, 5)},
+    "transnext_base": {"embed_dims": (96, 192, 384, 768), "num_heads": (4, 8, 16, 32), "depths": (5, 5, 23, 5)},
+}
+_SIZES["transnext_micro_aaaa"] = {**_SIZES["transnext_micro"], "sr_ratios": (16, 8, 4, 2), "pretrain_size": 256}
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> TransNeXt:
+    return build_model_with_cfg(
+        TransNeXt,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{**_SIZES[variant], **kwargs},
+    )
+
+
+@register_model
+def transnext_micro(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
+    """12.8 M parameters, ImageNet 82.5."""
+    return _create("transnext_micro", pretrained, **kwargs)
+
+
+@register_model
+def transnext_tiny(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
+    """28.3 M parameters, ImageNet 84.0."""
+    return _create("transnext_tiny", pretrained, **kwargs)
+
+
+@register_model
+def transnext_small(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
+    """49.7 M parameters, ImageNet 84.7; 86.0 at 384 pixels."""
+    return _create("transnext_small", pretrained, **kwargs)
+
+
+@register_model
+def transnext_base(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
+    """89.7 M parameters, ImageNet 84.8; 86.2 at 384 pixels."""
+    return _create("transnext_base", pretrained, **kwargs)
+
+
+@register_model
+def transnext_micro_aaaa(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
+    """13.1 M parameters, aggregated attention in all four stages, ImageNet 82.6 at 256 pixels."""
+    return _create("transnext_micro_aaaa", pretrained, **kwargs)
