@@ -160,6 +160,21 @@ def test_takes_any_timm_network_and_other_rotations(
     assert len(rotnet.apply(folder, [picture], tmp_path / "out")) == 2
 
 
+def test_probes_read_alexnet_by_its_own_end_and_by_pooled_maxima(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotnet, "create_timm", lambda name, **kw: timm.create_model(name, widths=(4,) * 6, **kw))
+    probe = dataclasses.replace(FEW, batch_size=20)
+    config = Config("digits:64", "rotnet_alexnet", size=64, pretrain=FEW, probe=probe, control=False, labels=(2,))
+    for change in ({"head": "alexnet", "layer": 3}, {"head": "alexnet", "layer": 4}, {"pool": "max", "grid": 3}):
+        name = "-".join(map(str, change.values()))
+        folder, report = _run(tmp_path / name, dataclasses.replace(config, eval_split="val", **change), max_steps=1)
+        assert "gain_2_per_class" in report["metrics"]
+        state = torch.load(folder / "checkpoints" / "probe_2_per_class.result.pt", weights_only=True)["model"]
+        assert ("head.conv.conv.weight" in state) == (change.get("layer") == 3)
+        assert state["head.fc.weight"].shape[1] == (4096 if "layer" in change else 4 * 9)
+
+
 def test_turned_images_keep_their_turn_whatever_the_batch() -> None:
     turn = Turned(7, (0, 90, 180, 270))
     images = torch.rand(256, 3, 8, 8)

@@ -35,7 +35,7 @@ from isthmus.data.hashing import below, words
 from isthmus.data.local import local
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Normalize, RandomCrop, Resize, Transform
 from isthmus.decoders import probes as heads
-from isthmus.decoders.probes import ConvProbe, NonLinearProbe, PooledProbe
+from isthmus.decoders.probes import AlexNetProbe, ConvProbe, NonLinearProbe, PooledProbe
 from isthmus.encoders import alexnet, nin
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
@@ -76,8 +76,12 @@ class Config:
     layer: int | None = None
     """Level of the network that is probed, as timm counts its features from 0; conv2 of our networks, else the last
     but one."""
-    head: Literal["linear", "nonlinear", "conv"] = "linear"
-    """The probe: linear on a 4×4 grid of means, or the paper's non-linear or convolutional classifier."""
+    head: Literal["linear", "nonlinear", "conv", "alexnet"] = "linear"
+    """The probe: linear on a pooled map, or the paper's non-linear and convolutional ones, or its AlexNet's own end."""
+    grid: int = 4
+    """Cells a side that the linear probe pools the map to."""
+    pool: Literal["mean", "max"] = "mean"
+    """How it pools; the paper's ImageNet probes take the maximum on grids of 12, 7, 5, 6 and 6 for AlexNet's layers."""
     labels: tuple[int, ...] = (200, 40)
     """Labels a class that probes are trained with, the first in the order of the source; 0 is all."""
     wrap: bool = False
@@ -95,35 +99,46 @@ class Config:
 
     @classmethod
     def paper(cls) -> Config:
-        """The published CIFAR-10 experiment with four blocks and the convolutional classifier on conv2."""
+        """The published CIFAR-10 experiment with four blocks and the convolutional classifier on conv2.
+
+        ImageNet: ``--encoder rotnet_alexnet --size 224 --resize 256 --padding 0 --pretrain.epochs 50
+        --pretrain.batch-size 192 --pretrain.lr 0.01 --pretrain.gamma 0.1 --pretrain.milestones 15 30 45``.
+        Few labels: ``--labels 20 100 400 1000 --scratch``.
+        """
         return cls(
             data="hub:uoft-cs/cifar10?image=img",
             encoder="nin_cifar",
             padding=4,
-            pretrain=_published(200, (60, 120, 160)),
+            pretrain=Training(
+                epochs=200,
+                batch_size=128,
+                optimizer="sgd",
+                lr=0.1,
+                weight_decay=5e-4,
+                decay_all=True,
+                schedule="multistep",
+                milestones=(60, 120, 160),
+                gamma=0.2,
+            ),
             control=False,
             head="conv",
             labels=(0,),
             wrap=True,
             augment=True,
-            probe=_published(100, (35, 70, 85)),
+            probe=Training(
+                epochs=100,
+                batch_size=128,
+                optimizer="sgd",
+                lr=0.1,
+                weight_decay=5e-4,
+                decay_all=True,
+                schedule="multistep",
+                milestones=(35, 70, 85),
+                gamma=0.2,
+            ),
             train_split="train+val",
             eval_split="test",
         )
-
-
-def _published(epochs: int, milestones: tuple[float, ...]) -> Training:
-    return Training(
-        epochs=epochs,
-        batch_size=128,
-        optimizer="sgd",
-        lr=0.1,
-        weight_decay=5e-4,
-        decay_all=True,
-        schedule="multistep",
-        milestones=milestones,
-        gamma=0.2,
-    )
 
 
 def no_verdict(config: Config) -> str:
@@ -359,7 +374,7 @@ def _probes(
         for suffix, network in networks.items():
             run.seed_everything("head", number)  # all probes start alike
             phase, level = f"probe_{told}{suffix}", Level(network, _layer(config, network))
-            head = functools.partial(_head, config.head, classes)
+            head = functools.partial(_head, config, classes)
             probed = probe(run, phase, level, head, few, config.probe, plain, augmented if config.augment else None)
             found[phase] = accuracy(run, probed, held_out, plain)
             run.metric(phase, found[phase], published=_PUBLISHED.get(phase) if config.head == "conv" else None)
@@ -376,13 +391,15 @@ def _probes(
 _PUBLISHED = {"probe_all_labels": "0.9116", "probe_all_labels_untrained": "0.7250"}
 
 
-def _head(kind: str, classes: int, level: Tensor) -> nn.Module:
+def _head(config: Config, classes: int, level: Tensor) -> nn.Module:
     channels = level.shape[1]
-    if kind == "conv":
+    if config.head == "conv":
         return ConvProbe(channels, classes)
-    if kind == "nonlinear":
+    if config.head == "nonlinear":
         return NonLinearProbe(level[0].numel(), classes)
-    return PooledProbe(channels, classes, grid=4, average=True)
+    if config.head == "alexnet":
+        return AlexNetProbe(channels, classes, side=level.shape[-1], conv=config.layer == 3)  # conv4
+    return PooledProbe(channels, classes, config.grid, average=config.pool == "mean")
 
 
 def _labels(source: str, split: str, run: Run) -> np.ndarray:
