@@ -452,7 +452,10 @@ def _tell_skipped(run: Run, *datasets: data.Dataset) -> None:
     if skipped:
         named = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:10])
         more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        run.note(f"{len(skipped)} images could not be read and were left out: {named}{more}.")
+        told = "1 image could not be read and was"
+        if len(skipped) > 1:
+            told = f"{len(skipped)} images could not be read and were"
+        run.note(f"{told} left out: {named}{more}.")
 
 
 # ----------------------------------------------------------------------------------------------------- using a run
