@@ -63,6 +63,7 @@ class SparseContext:
         self.grad = torch.is_grad_enabled()
         self.names: dict[int, str] = {}  # id of a module -> its name in the encoder, for error messages
         self.leaks: list[str] = []  # under poison: modules in which NaN reached a visible place
+        self.work = {"tiles": 0, "canvas": 0}  # multiply-adds by form, counted as if for the whole map
         self._masks: dict[tuple, Tensor] = {}
         self.tables: dict[tuple, Any] = {}  # gather tables of tiled.py, by (operation, geometry)
 

@@ -101,8 +101,10 @@ def conv2d(
 
         result = tiled_conv2d(x, weight, bias, pair(stride), padding, pair(dilation), groups)
         if result is not None:
+            x.context.work["tiles"] += result.pixels * weight.numel()
             return result
     canvas = F.conv2d(padded_canvas(x), weight, bias, stride, padding, dilation, groups)
+    x.context.work["canvas"] += canvas.shape[0] * canvas.shape[2] * canvas.shape[3] * weight.numel()
     return back(x, new_map(function, x, canvas, owned=True))
 
 

@@ -237,6 +237,7 @@ def prelu(function: Any, x: SparseTensor, weight: Tensor) -> SparseTensor:
 def linear(function: Any, x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
     """A linear layer on channels-last maps: a 1 x 1 convolution."""
     channel_axes(function, x, -1)
+    x.context.work["tiles" if x.tiled else "canvas"] += x.pixels * weight.numel()
     return x.finish(F.linear(x.values, weight, bias), clean=bias is None)
 
 

@@ -132,6 +132,11 @@ class SparseTensor(Tensor):
         """Pixels per cell, or None where this map has no tiles."""
         return self.context.tile_size(self.extent)
 
+    @property
+    def pixels(self) -> int:
+        """Pixels of the whole maps of the batch."""
+        return self.context.batch * self.extent[0] * self.extent[1]
+
     def mask_like(
         self, axes: tuple[int, int, int] | None = None, ndim: int | None = None, dtype: Any = torch.bool
     ) -> Tensor:
