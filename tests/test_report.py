@@ -229,13 +229,14 @@ def test_a_page_holds_everything_and_needs_no_network(tmp_path: Path) -> None:
     page = Page(html)
     for told in (
         "It helps by four points.",
-        "gain ≥\u00a04",
+        "gain ≥ 4",
         "about five",
         "✓ holds",
         "A <b>small</b> picture & more",
         "Two images <did> not decode.",
         "encoder.safetensors",
-        "pretrain/loss over steps; last 0.02",
+        "pretrain/loss over steps; last values",
+        "pretrain 0.02",
         "isthmus run spark",
         str(torch.__version__).partition("+")[0],
     ):
@@ -262,6 +263,21 @@ def test_runs_of_one_system_stand_side_by_side_and_differences_are_marked(tmp_pa
     assert '<td class="differs"><code>resnet18</code></td><td class="differs"><code>resnet50</code></td>' in html
     assert "<td><code>10</code></td><td><code>10</code></td>" in html
     assert html.count('class="line"') == 2
+
+
+def test_phases_of_a_kind_share_a_plot_and_the_optimisers_scalars_are_folded_away(tmp_path: Path) -> None:
+    record = Record(tmp_path, "spark")
+    for phase in ("pretrain", "pretrain-zeroed", "finetune-spark"):
+        record.curve(f"{phase}/loss", [1, 2], [2.0, 1.0])
+        record.curve(f"{phase}/lr", [1, 2], [0.2, 0.1])
+        record.curve(f"{phase}/weight_decay", [1, 2], [0.05, 0.05])
+    html = render([tmp_path], tmp_path)
+    open_part, _, folded = html.partition("<details>")
+    assert "pretrain/loss over steps" in open_part
+    assert open_part.count("<svg") == folded.count("<svg") == 2
+    assert open_part.count('class="line"') == 3
+    assert "lr over steps" not in open_part
+    assert "weight_decay over steps" not in html, "a constant is no curve"
 
 
 def test_an_unfinished_run_shows_what_it_has_and_how_to_go_on(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import re
 import struct
 from collections.abc import Callable, Sequence
 from html import escape
@@ -14,6 +15,7 @@ from isthmus import __version__, catalog
 from isthmus.report.plot import COLOURS, Curve, plot
 from isthmus.report.record import read
 
+DRIVING = ("lr", "weight_decay", "gradient_norm")  # scalars about the optimiser, not about what was learnt
 SMALL = 320  # pictures narrower than this are drawn enlarged, with their pixels visible
 
 
@@ -84,8 +86,8 @@ def _system(name: str, runs: list[_Run], results: Path | None) -> str:
             head += f'<p class="soft">The paper reports: {escape(system.headline)}.</p>'
     sections = [
         ("Claims", _claims(runs, record)),
-        ("Numbers", _metrics(runs)),
         ("Pictures", _pictures(runs)),
+        ("Numbers", _metrics(runs)),
         ("Curves", _curves(runs)),
         ("Good to know", _notes(runs)),
         ("What it wrote", _artifacts(runs)),
@@ -137,6 +139,7 @@ def _claims(runs: list[_Run], record: dict[str, Any] | None) -> str:
     shown = any(_fits(claim, verdicts.get(name)) for name, claim in entries.items())
     heads = ["claim", "bar", "published"] + [run.label if len(runs) > 1 else "this run" for run in runs]
     heads += ["over seeds"] if shown else []
+    columns = [(head, "number" if index > 2 else "") for index, head in enumerate(heads)]
     rows = []
     for name, claim in entries.items():
         bar = f"{claim['metric']} {claim['bar']}" + (", every seed" if claim["rule"] == "every" else "")
@@ -160,7 +163,7 @@ def _claims(runs: list[_Run], record: dict[str, Any] | None) -> str:
     if record and shown:
         seeds = ", ".join(map(str, record["seeds"]))
         told += f" Recorded {escape(record['date'][:10])} with seeds {escape(seeds)}."
-    return f'{_table(heads, rows, "cards")}<p class="soft">{told}</p>'
+    return f'{_table(columns, rows, "cards")}<p class="soft">{told}</p>'
 
 
 def _fits(claim: dict[str, Any], verdict: dict[str, Any] | None) -> bool:
@@ -179,38 +182,56 @@ def _metrics(runs: list[_Run]) -> str:
     entries = _merged(runs, lambda data: data["metrics"])
     if not entries:
         return ""
+    units = any(metric["unit"] for metric in entries.values())
     published = any(metric["published"] for metric in entries.values())
-    heads = [""] + ([run.label for run in runs] if len(runs) > 1 else ["measured"])
+    heads = [("", ""), *((run.label if len(runs) > 1 else "measured", "number") for run in runs)]
+    heads += [("", "")] * units + [("published", "")] * published
     rows = []
     for name, metric in entries.items():
-        unit = f" {escape(metric['unit'])}" if metric["unit"] else ""
         cells = [_cell(escape(name))]
         for run in runs:
             own = run.data["metrics"].get(name)
-            cells.append(_cell(_number(own["value"]) + unit if own else "–", "number"))
-        rows.append(cells + ([_cell(escape(metric["published"] or ""), "number")] if published else []))
-    return _table(heads + (["published"] if published else []), rows, "narrow", numeric=True)
+            cells.append(_cell(_number(own["value"]) if own else "–", "number"))
+        cells += [_cell(escape(metric["unit"]), "soft")] * units
+        rows.append(cells + [_cell(escape(metric["published"] or ""))] * published)
+    return _table(heads, rows, "narrow")
 
 
 def _curves(runs: list[_Run]) -> str:
-    names = _merged(runs, lambda data: data["curves"])
-    figures = []
-    for name in names:
-        curves = {
-            run.label: Curve(run.data["curves"][name]["x"], run.data["curves"][name]["y"])
-            if name in run.data["curves"]
-            else Curve([], [])
-            for run in runs
-        }
-        ends = {label: [y for y in curve.y if y is not None][-1:] for label, curve in curves.items()}
-        last = ", ".join(f"{label} {_number(end[0])}" for label, end in ends.items() if end)
-        last = last if len(runs) > 1 else last.removeprefix(f"{runs[0].label} ")
-        drawn = plot(curves, f"{name} over steps")
+    """A plot for every scalar of every kind of phase; what only says how the optimiser was driven is folded away."""
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for title, curves in _grouped(runs).items():
+        curves = {label: curve for label, curve in curves.items() if len({*curve.y} - {None}) > 1}
+        drawn = plot(curves, f"{title} over steps")
         if drawn:
-            figures.append(
-                f"<figure>{drawn}<figcaption>{escape(name)} over steps; last {escape(last)}</figcaption></figure>"
-            )
-    return f'{_legend(runs)}<div class="plots">{"".join(figures)}</div>' if figures else ""
+            ends = {label: next(y for y in reversed(curve.y) if y is not None) for label, curve in curves.items()}
+            lines = [
+                f'<span><i style="background:var(--s{index % COLOURS})"></i>{escape(label)} {_number(end)}</span>'
+                for index, (label, end) in enumerate(ends.items())
+            ]
+            caption = f'{escape(title)} over steps; last values<div class="legend">{"".join(lines)}</div>'
+            figure = f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+            told[title.rpartition("/")[2] in DRIVING].append(figure)
+    shown = f'<div class="plots">{"".join(told[False])}</div>' if told[False] else ""
+    if told[True]:
+        shown += f"<details><summary>{', '.join(DRIVING).replace('_', ' ')}</summary>"
+        shown += f'<div class="plots">{"".join(told[True])}</div></details>'
+    return shown
+
+
+def _grouped(runs: list[_Run]) -> dict[str, dict[str, Curve]]:
+    """Curves that belong into one plot: of one run the phases of a kind, of several runs the same phase.
+
+    The kind of a phase is its name up to the first hyphen: ``pretrain`` and ``pretrain-zeroed`` stand together.
+    """
+    found: dict[str, dict[str, Curve]] = {}
+    for run in runs:
+        for name, curve in run.data["curves"].items():
+            phase, _, scalar = name.rpartition("/")
+            title = name if len(runs) > 1 else f"{phase.partition('-')[0]}/{scalar}".lstrip("/")
+            label = run.label if len(runs) > 1 else phase or scalar
+            found.setdefault(title, {})[label] = Curve(curve["x"], curve["y"])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- pictures and words
@@ -311,9 +332,10 @@ def _cell(content: str, kind: str = "", label: str = "") -> str:
     return f"<td{attributes}>{content}</td>"
 
 
-def _table(heads: list[str], rows: list[list[str]], kind: str, numeric: bool = False) -> str:
-    number = ' class="number"' if numeric else ""
-    cells = "".join(f"<th{number if index else ''}>{escape(head)}</th>" for index, head in enumerate(heads))
+def _table(heads: Sequence[str | tuple[str, str]], rows: list[list[str]], kind: str) -> str:
+    """A table; a head is its text, or its text and its class."""
+    pairs = [(head, "") if isinstance(head, str) else head for head in heads]
+    cells = "".join(f'<th class="{style}">{escape(text)}</th>' for text, style in pairs)
     head = f"<thead><tr>{cells}</tr></thead>" if heads else ""
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
@@ -321,7 +343,7 @@ def _table(heads: list[str], rows: list[list[str]], kind: str, numeric: bool = F
 
 def _breakable(bar: str) -> str:
     """Lines may break after an underscore, not between a comparison sign and its number."""
-    return escape(bar).replace("_", "_<wbr>").replace("≥ ", "≥\u00a0").replace("≤ ", "≤\u00a0")
+    return re.sub(r"([≥≤] \S+)", r'<span class="whole">\1</span>', escape(bar).replace("_", "_<wbr>"))
 
 
 def _number(value: float | None) -> str:
