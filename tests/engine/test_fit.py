@@ -178,21 +178,21 @@ def test_late_judgement_still_comes_before_a_checkpoint(tmp_path: Path) -> None:
     from isthmus.engine.guard import Finite
 
     good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
-    finite = Finite(lag=True, scaled=False)
-    finite.watch(0, torch.arange(2), bad, good, None)
+    finite = Finite(lambda: None, lag=True, scaled=False)
+    finite.watch(0, torch.arange(2), bad, good)
     with pytest.raises(Diverged, match=r"the loss is inf at step 0 \(samples 0, 1\); there is no checkpoint yet"):
-        finite.watch(1, None, good, good, None)
-    finite.watch(2, None, good, bad, None)
+        finite.watch(1, None, good, good)
+    finite.watch(2, None, good, bad)
     with pytest.raises(Diverged, match="gradient norm is inf at step 2"):
-        finite.judge(None)
-    scaled = Finite(lag=False, scaled=True)
-    scaled.watch(3, None, good, bad, None)
+        finite.judge()
+    scaled = Finite(lambda: None, lag=False, scaled=True)
+    scaled.watch(3, None, good, bad)
     with pytest.raises(Diverged, match="the loss is inf"):
-        scaled.watch(4, None, bad, good, None)
+        scaled.watch(4, None, bad, good)
     for step in range(5, 104):
-        scaled.watch(step, None, good, bad, None)
+        scaled.watch(step, None, good, bad)
     with pytest.raises(Diverged, match="overflowed in 100 steps in a row"):
-        scaled.watch(104, None, good, bad, None)
+        scaled.watch(104, None, good, bad)
 
 
 def test_steps_that_the_fp16_scaler_skips_are_no_failure(tmp_path: Path) -> None:

@@ -122,7 +122,6 @@ class Checkpoints:
         """States, newest first."""
         return sorted(self.folder.glob(f"{self.phase}.step*.pt"), reverse=True)
 
-    @property
     def newest(self) -> Path | None:
         """The newest state's file."""
         return next(iter(self._files()), None)

@@ -82,10 +82,11 @@ def fit(
     if state is not None:
         _restore(files, state, identity, learner.load)
         start, curves, window = state["step"], state["curves"], Window(**state["window"])
+        state = None  # it is as large as all that it was copied to
     _check_agreed(run, start)
 
     def save(step: int) -> None:
-        finite.judge(files.newest)
+        finite.judge()
         began = time.monotonic()
         content = {"identity": identity, "step": step, "curves": curves, "window": window.state(), **learner.state()}
         if run.is_first:
@@ -94,7 +95,7 @@ def fit(
 
     stream = batches(start, run.rank, run.world) if batches else _load(run, phase, dataset, training, start, transform)
     clock = Clock(run.options.save_every, run.options.save_seconds)
-    finite = Finite(lag=run.fabric.device.type != "cpu", scaled=learner.scaler is not None)
+    finite = Finite(files.newest, lag=run.fabric.device.type != "cpu", scaled=learner.scaler is not None)
     logs = Scalars(run.dir, phase, curves, write=run.is_first, tensorboard=run.options.tensorboard)
     with Signals() as signals, logs as scalars, Bar(run, phase, start, steps, training.batch_size) as bar:
         for step in range(start, steps):
@@ -107,13 +108,13 @@ def fit(
             for turn, optimizer in learner.due(step):
                 metrics, norm = _update(run, learner, turn, optimizer, parts, (phase, step))
                 window.add(turn.name, metrics, norm)
-                finite.watch(step, batch.get("index"), metrics["loss"], norm, files.newest)
+                finite.watch(step, batch.get("index"), metrics["loss"], norm)
             if learner.ema is not None:
                 learner.ema.update(learner.objective)
 
             done = step + 1
             if done % run.options.log_every == 0 or done == steps:
-                finite.judge(files.newest)
+                finite.judge()
                 values = {**window.means(run.fabric), "lr": lr, "weight_decay": weight_decay}
                 scalars.add(done, values)
                 bar.update(done, values)
@@ -126,7 +127,7 @@ def fit(
             if done < steps and stop:
                 run.log(f"{phase}: stopped after step {done} of {steps}.")
                 raise Interrupted
-    finite.judge(files.newest)
+    finite.judge()
     if (close := getattr(stream, "close", None)) is not None:
         close()
     result = {"identity": identity, "curves": curves, **learner.result()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -33,27 +34,28 @@ class Finite:
 
     Args:
         lag: judge a step later (accelerators) or at once (CPU).
+        good: finds the last good checkpoint, for the message.
         scaled: gradients are scaled for 16 bits and the scaler skips steps whose gradients overflow, which is no error.
     """
 
-    def __init__(self, lag: bool, scaled: bool) -> None:
-        self.lag, self.scaled = lag, scaled
+    def __init__(self, good: Callable[[], Path | None], lag: bool, scaled: bool) -> None:
+        self.good, self.lag, self.scaled = good, lag, scaled
         self._open: tuple[int, Any, Tensor, Tensor] | None = None
         self._skipped = 0
 
-    def watch(self, step: int, index: Any, loss: Tensor, norm: Tensor, good: Path | None) -> None:
+    def watch(self, step: int, index: Any, loss: Tensor, norm: Tensor) -> None:
         """Note a step, and judge the one before it (or, without lag, itself).
 
         Raises:
             Diverged: the judged step was not finite; tells step, samples and the last good checkpoint.
         """
         if self.lag:
-            self.judge(good)
+            self.judge()
         self._open = (step, index, loss.detach(), norm.detach())
         if not self.lag:
-            self.judge(good)
+            self.judge()
 
-    def judge(self, good: Path | None) -> None:
+    def judge(self) -> None:
         """Judge the step that is still open; called before anything is saved."""
         if self._open is None:
             return
@@ -68,6 +70,7 @@ class Finite:
         what = f"the loss is {loss.item()}" if not finite_loss else f"the gradient norm is {norm.item()}"
         ids = index.flatten().tolist() if isinstance(index, Tensor) else []
         some = f" (samples {', '.join(map(str, ids[:8]))}{', …' if len(ids) > 8 else ''})" if ids else ""
+        good = self.good()
         kept = f"the last good checkpoint is {good}" if good is not None else "there is no checkpoint yet"
         raise Diverged(f"{what} at step {step}{some}; {kept}. Lower the learning rate or clip gradients.")
 
