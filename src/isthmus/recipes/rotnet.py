@@ -155,6 +155,8 @@ def run(config: Config, run: Run) -> None:
     """Pre-train, measure, probe, draw."""
     source = _source(config)
     train, held_out = (load(source, split, needs, run.seed) for split in (config.train_split, config.eval_split))
+    if run.options.max_steps is not None and len(held_out) > 256:  # a try-out is not to measure for minutes
+        held_out = held_out.select(range(256))
     run.log(f"{source}: {len(train)} images to train on, {len(held_out)} held out.")
     _check_exact(run)
     run.seed_everything("network")
