@@ -148,6 +148,7 @@ class Config:
                 optimizer_args={"always_adapt": True, "bias_correction": False},
             ),
             labels_per_class=0,
+            finetune_crop=0.08,
             mixup=0.1,
             cutmix=1.0,
             binary=True,
