@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.codec import UserError
 
@@ -61,7 +61,7 @@ class SparseContext:
         self.poison = poison
         self.sync = sync
         self.grad = torch.is_grad_enabled()
-        self.names: dict[int, str] = {}  # id of a module -> its name in the encoder, for error messages
+        self.root: nn.Module | None = None  # the encoder, asked for names of modules when something is refused
         self.leaks: list[str] = []  # under poison: modules in which NaN reached a visible place
         self.work = {"tiles": 0, "canvas": 0}  # multiply-adds by form, counted as if for the whole map
         self._masks: dict[tuple, Tensor] = {}

@@ -16,6 +16,7 @@ from .norms import SyncForward
 from .tensor import NCHW, SparseTensor
 
 MODES = ("auto", "masked", "tiled")
+WORTHWHILE = 0.8  # visible share above which finding neighbours costs more than hidden cells save
 
 
 @torch.compiler.disable
@@ -31,7 +32,7 @@ def sparse_features(
         encoder: maps images to a list of maps, finest first, or to one map (a timm ``Backbone``, any module).
         x: images ``(B, C, H, W)``.
         visible: ``(B, h, w)`` bool, True where a cell is visible. Usually ``h = H / total stride``.
-        mode: ``"masked"``, ``"tiled"``, or ``"auto"``: tiled where the grid divides the image.
+        mode: ``"masked"``, ``"tiled"``, or ``"auto"``: tiled where the grid divides the image and hides enough of it.
         sync: batch-norm statistics over all ranks (``SyncBatchNorm`` modules do so anyway).
 
     Returns:
@@ -70,17 +71,17 @@ def image_carrier(x: Tensor, context: SparseContext) -> SparseTensor:
             f"an image of {extent[0]}x{extent[1]} pixels cannot be cut into {context.grid[0]}x{context.grid[1]} equal "
             "cells, so it has no tiles; use mode='masked' or another grid."
         )
-    tiled = context.mode == "tiled" or (context.mode == "auto" and context.tile_size(extent) is not None)
-    if tiled:
+    gains = context.tile_size(extent) is not None and float(context.visible.float().mean()) <= WORTHWHILE
+    if context.mode == "tiled" or (context.mode == "auto" and gains):
         return SparseTensor(x, context, extent, False).as_tiles()
     mask = context.mask(extent)
     return SparseTensor(x, context, extent, False).finish(x.masked_fill(~mask, 0), clean=True)
 
 
 def prepare(encoder: nn.Module, context: SparseContext) -> None:
-    """Learn the names of the encoder's modules, and let SyncBatchNorm take carriers (it calls CUDA kernels itself)."""
-    for name, module in encoder.named_modules():
-        context.names[id(module)] = name
+    """Let SyncBatchNorm take carriers (it calls CUDA kernels itself), and remember whose names refusals use."""
+    context.root = encoder
+    for module in encoder.modules():
         if isinstance(module, nn.SyncBatchNorm) and "forward" not in module.__dict__:
             module.__dict__["forward"] = SyncForward(module)
 

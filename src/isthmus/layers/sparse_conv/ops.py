@@ -172,6 +172,8 @@ def _pointwise(function: Any, args: Sequence[Any], kwargs: dict[str, Any], clean
 @sparse_form(*ZERO)
 def zero_preserving(function: Any, *args: Any, **kwargs: Any) -> Any:
     """ReLU and its kind, products, casts and copies."""
+    if function is Tensor.contiguous and args[0].tiled:
+        return args[0]  # how tiles are held cannot be seen, and channels-last is what every kernel here likes
     if not isinstance(args[0], SparseTensor) and function in (Tensor.type_as, Tensor.to):
         return args[0].to(dtype=args[1].dtype, device=args[1].device)
     return _pointwise(function, args, kwargs, clean=True)

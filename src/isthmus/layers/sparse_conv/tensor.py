@@ -274,7 +274,8 @@ def calling_module(context: SparseContext | None) -> str:
 
     Walking the stack costs nothing until something is refused, and needs no hooks in the model.
     """
-    names = context.names if context is not None else {}
+    root = context.root if context is not None else None
+    names = {id(module): name for name, module in root.named_modules()} if root is not None else {}
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
