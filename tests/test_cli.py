@@ -344,6 +344,14 @@ def test_a_mistake_gets_one_sentence_and_exit_code_two(call: Call, toy: Path, fl
     assert out == ""
 
 
+def test_a_mistake_leaves_nothing_in_the_way_of_the_corrected_command(call: Call, toy: Path) -> None:
+    assert call("run", "toy", *QUIET, "--mode", "user")[0] == 2
+    assert not list((toy / "runs").iterdir())
+    assert call("run", "toy", *QUIET)[0] == 0
+    assert call("run", "toy", "--resume", "--out", "runs/toy-seed0", *QUIET)[0] == 0
+    assert (toy / "runs/toy-seed0/report.html").is_file()
+
+
 def test_a_bug_is_told_in_one_line_and_shown_whole_on_request(
     call: Call, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,10 +65,15 @@ def execute(
             if remark:
                 run.note(remark)
             recipe.run(config, run)
+    except (ValueError, OSError, ModuleNotFoundError):
+        if run.is_first and not run.resumed and not any(run.dir.glob("checkpoints/*")):
+            # A mistake that came out before anything was learnt: the corrected command finds its folder free.
+            shutil.rmtree(run.dir, ignore_errors=True)
+        raise
     finally:
         # Also for a run that failed or was interrupted: the page shows what it has. A full disk is told only once.
         with contextlib.suppress(OSError) if sys.exc_info()[0] else contextlib.nullcontext():
-            if run.is_first:
+            if run.is_first and run.dir.is_dir():
                 write_atomically(run.dir / "report.html", render([run.dir]).encode())
     return run.dir if run.is_first else None
 
