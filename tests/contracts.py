@@ -73,6 +73,15 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         ),
         image(),
     ),
+    "convit": (
+        lambda: Backbone("convit_tiny_plus", img_size=64, depth=3, embed_dim=36, num_heads=9, local_up_to_layer=2),
+        image(),
+    ),
+    "inceptionnext, isotropic": (lambda: Backbone("inceptionnext_isotropic_small", depths=(2,), dims=(16,)), image()),
+    "convnext, partial kernels": (
+        lambda: Backbone("convnext_tiny_k3_par1_4", depths=(1, 1, 1, 1), dims=(16, 16, 24, 32)),
+        image(),
+    ),
     "unireplknet": (lambda: Backbone("unireplknet_a", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), image()),
     "unireplknet hearing": (
         lambda: AsImage(
