@@ -1,0 +1,315 @@
+"""What recipes of image classification share: subsets, transforms, training, measuring, a file to keep, and ``apply``.
+
+A recipe says which networks are compared and what it measures; everything between is here, in plain functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from isthmus.codec import UserError, load_weights, save_weights
+from isthmus.data import Dataset, evaluation_batches
+from isthmus.data.dataset import Unreadable
+from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.hashing import permutation
+from isthmus.data.transforms import (
+    CenterCrop,
+    Compose,
+    Flip,
+    Mixup,
+    Normalize,
+    RandomCrop,
+    RandomResizedCrop,
+    Resize,
+    Transform,
+)
+from isthmus.engine import Run, Training
+from isthmus.engine.fit import FitResult, fit
+from isthmus.objectives.classification import Classification
+from isthmus.report import figures
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NETWORK = "network.safetensors"
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are changed; all of it is off by default."""
+
+    crop: float = 1.0
+    """Smallest share of a picture that a training crop covers; 1 crops nothing at random."""
+    padding: int = 0
+    """Zeros around a training image before a window of its size is cut out at random."""
+    flip: bool = False
+    """Mirror left and right at random."""
+    mixup: float = 0.0
+    """Strength of mixup."""
+    cutmix: float = 0.0
+    """Strength of CutMix."""
+
+
+def transforms(
+    size: int,
+    classes: int,
+    augmentation: Augmentation | None = None,
+    mean: Sequence[float] = IMAGENET[0],
+    std: Sequence[float] = IMAGENET[1],
+    smoothing: float = 0.0,
+    crop_pct: float = 1.0,
+) -> tuple[Transform, Transform]:
+    """For training and for measuring: images of ``size`` x ``size`` pixels, normalised.
+
+    Args:
+        size: side of what the network sees.
+        classes: number of labels, for mixing.
+        augmentation: of training images.
+        mean: of every channel, in [0, 1].
+        std: likewise.
+        smoothing: ε of soft labels where samples are mixed; elsewhere it belongs to the objective.
+        crop_pct: share of the shorter side that is kept when measuring.
+    """
+    asked = augmentation or Augmentation()
+    resize, normalize = Resize(round(size / crop_pct)), Normalize(mean, std)
+    train: list[Transform] = (
+        [RandomResizedCrop(size, scale=(asked.crop, 1.0))] if asked.crop < 1 else [resize, CenterCrop(size)]
+    )
+    train += [RandomCrop(size, asked.padding)] if asked.padding else []
+    train += [Flip()] if asked.flip else []
+    train += [normalize]
+    train += [Mixup(classes, asked.mixup, asked.cutmix, smoothing)] if asked.mixup or asked.cutmix else []
+    return Compose(train), Compose([resize, CenterCrop(size), normalize])
+
+
+def subset(dataset: Dataset, number: float, seed: int, at_least: int = 1, stride: int | None = None) -> Dataset:
+    """Some samples of a shuffled source; the order does not depend on the seed, which says where in it they begin.
+
+    Args:
+        dataset: to take from.
+        number: how many samples, or, up to 1, which share of all.
+        seed: seed s begins at sample s · ``stride``, so that different seeds get different samples while they last.
+        at_least: samples that a batch takes; where there are fewer they are repeated.
+        stride: ``number`` where it is left out.
+
+    Raises:
+        UserError: the source has not that many samples.
+    """
+    total = len(dataset)
+    count = max(1, round(number * total)) if number <= 1 else round(number)
+    if not 0 < number or count > total:
+        raise UserError(f"{dataset.name} has {total} training images; {number:g} of them were asked for.")
+    places = (np.arange(count) + seed * (stride or count)) % total
+    chosen = permutation(total, seed=0)[places]
+    return dataset.select(np.resize(chosen, max(count, at_least)))
+
+
+def class_names(*datasets: Dataset) -> list[str]:
+    """Names of the classes, or their numbers where the source has none; every split's labels are counted in.
+
+    Raises:
+        UserError: the source has no labels.
+    """
+    for dataset in datasets:
+        if "label" not in dataset.columns:
+            raise UserError(f"{dataset.name} has no labels; this recipe classifies.")
+        if dataset.classes is not None:
+            return list(dataset.classes)
+    largest = 0
+    for dataset in datasets:
+        for batch in evaluation_batches(dataset, _BATCH, transform=CenterCrop(1)):
+            largest = max(largest, int(batch["label"].max()))
+    return [str(number) for number in range(largest + 1)]
+
+
+def train(
+    run: Run,
+    phase: str,
+    network: nn.Module,
+    dataset: Dataset,
+    training: Training,
+    transform: Transform,
+    smoothing: float = 0.0,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+) -> FitResult:
+    """Train a whole classifier; the result's ``objective`` is a :class:`Classification` in evaluation mode."""
+    return fit(
+        run, phase, Classification(network, smoothing=smoothing), dataset, training, transform, None, None, evaluate
+    )
+
+
+@torch.no_grad()
+def confusion(run: Run, network: nn.Module, classes: int, dataset: Dataset, transform: Transform) -> Tensor:
+    """``(K, K)`` counts: rows are the true classes, columns what was told."""
+    network.to(run.fabric.device).eval()
+    table = torch.zeros(classes, classes, dtype=torch.int64)
+    for batch in evaluation_batches(dataset, _BATCH, transform=transform):
+        told = network(run.fabric.to_device(batch["image"])).argmax(1).cpu()
+        table += torch.bincount(batch["label"] * classes + told, minlength=classes**2).view(classes, classes)
+    return table
+
+
+def accuracy(table: Tensor) -> float:
+    """Share of right answers in a table of :func:`confusion`."""
+    return float(table.diagonal().sum() / table.sum().clamp_min(1))
+
+
+def curves(values: Mapping[str, Sequence[tuple[float, float]]], across: str, along: str, log: bool = False) -> Figure:
+    """Lines through ``(x, y)`` points, named; those that begin alike up to a space share a colour."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    colours: dict[str, str] = {}
+    for name, points in values.items():
+        colour = colours.setdefault(name.split(" ")[0], f"C{len(colours)}")
+        behind = sum(line.get_color() == colour for line in axis.get_lines())
+        x, y = zip(*points, strict=True)
+        style = ("-", "--", ":", "-.")[behind % 4]
+        axis.plot(x, y, label=name, color=colour, linestyle=style, marker="." if len(points) < 8 else "")
+    axis.set_xlabel(across)
+    axis.set_ylabel(along)
+    if log:
+        axis.set_xscale("log")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def look(run: Run, network: nn.Module, classes: Sequence[str], dataset: Dataset, transform: Transform) -> None:
+    """The confusion matrix, where it can be read, and held-out pictures with what the network says."""
+    table = confusion(run, network, len(classes), dataset, transform)
+    if len(classes) <= 16:
+        run.figure("confusion", figures.confusion(table, classes), "How often each class is taken for which.")
+    chosen = dataset.select(np.arange(min(16, len(dataset))) * len(dataset) // 16)
+    batch = next(evaluation_batches(chosen, len(chosen), transform=transform))
+    with torch.no_grad():
+        told = network(run.fabric.to_device(batch["image"])).argmax(1).cpu()
+    names = [classes[int(label)] for label in told]
+    pictures = figures.captioned(batch["image"], names, (told == batch["label"]).tolist(), columns=8)
+    run.figure("examples", pictures, "Held-out images, and what the network says; red is wrong.")
+
+
+def keep(run: Run, network: nn.Module, classes: Sequence[str], text: str) -> None:
+    """Save a trained network with the names of its classes, for :func:`classify` and for timm."""
+    if run.is_first:
+        save_weights(network, run.dir / NETWORK, {"classes": json.dumps(list(classes))})
+    run.artifact("network", run.dir / NETWORK, text)
+
+
+def classify(
+    run_dir: Path, inputs: Sequence[Path], out: Path, make: Callable[[int], nn.Module], transform: Transform
+) -> list[Path]:
+    """Tell what is on pictures, with the network that a run kept.
+
+    Args:
+        run_dir: a finished run.
+        inputs: image files; others are left out.
+        out: gets ``classes.json`` (the five likeliest classes of every picture) and ``NAME-class.png``, the picture
+            with its likeliest class above it.
+        make: the network for so many classes, as it was trained.
+        transform: as for measuring.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: the run kept no network, or no input is an image.
+    """
+    path = run_dir / NETWORK
+    if not path.is_file():
+        raise UserError(f"{run_dir} has no {NETWORK}; run the recipe to its end first.")
+    with safe_open(path, "pt") as file:
+        classes = json.loads((file.metadata() or {}).get("classes", "[]"))
+    network = make(len(classes))
+    load_weights(network, path)
+    network.eval()
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    written = [out / "classes.json"]
+    for source in inputs:
+        try:
+            image = decode_image(source)
+        except Unreadable as error:
+            found[str(source)] = {"skipped": str(error)}
+            continue
+        batch = transform({"image": image[None].float() / 255, "index": torch.tensor([0])}, torch.Generator())
+        with torch.no_grad():
+            probability = network(batch["image"])[0].softmax(0)
+        best = probability.topk(min(5, len(classes)))
+        told = {classes[int(i)]: round(float(p), 4) for p, i in zip(*best, strict=True)}
+        target = out / f"{source.stem}-class.png"
+        if target in written:  # another folder's picture of the same name
+            target = out / f"{source.stem}-{len(written)}-class.png"
+        _annotated(image, f"{classes[int(best.indices[0])]} ({float(best.values[0]):.0%})").savefig(target)
+        written.append(target)
+        found[str(source)] = {"class": classes[int(best.indices[0])], "probability": told, "picture": target.name}
+    if len(written) == 1:
+        told = "; ".join(f"{name}: {entry['skipped']}" for name, entry in found.items())
+        raise UserError(f"none of the inputs is an image ({told}); known are {', '.join(IMAGE_SUFFIXES)}.")
+    written[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return written
+
+
+def read_checkpoint(path: Path, of: str) -> dict[str, Tensor]:
+    """The tensors of a PyTorch checkpoint, with or without a level ``model``, ``state_dict`` or ``module.`` around.
+
+    Raises:
+        UserError: no such file, or something else is in it.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is no PyTorch checkpoint that can be read safely ({type(error).__name__}).") from error
+    for key in ("model", "state_dict"):
+        content = content.get(key, content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path} holds no network; a checkpoint of {of} is a dictionary of tensors.")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def convert_for_timm(
+    state: Mapping[str, Tensor], path: Path, out: Path, names: Mapping[str, Mapping[str, Any]]
+) -> Path:
+    """Write a checkpoint as safetensors for the first timm model of ``names`` that it fits.
+
+    Args:
+        state: under the names of timm.
+        path: where it came from, for messages.
+        out: the safetensors file; its metadata names the timm model and its arguments.
+        names: timm name → arguments; the number of classes is read from the checkpoint.
+
+    Raises:
+        UserError: it fits none of them.
+    """
+    from isthmus.codec import create_timm
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    for name, arguments in names.items():
+        with torch.device("meta"):
+            like = create_timm(name, **arguments)
+            wanted = {key: tuple(tensor.shape) for key, tensor in like.state_dict().items()}
+        if shapes == wanted:
+            network = create_timm(name, **arguments)
+            network.load_state_dict(dict(state))
+            save_weights(network, out, {"timm": name, "arguments": json.dumps(dict(arguments))})
+            return out
+    raise UserError(f"{path} fits none of {', '.join(names)}: it has {len(shapes)} tensors of other names or sizes.")
+
+
+def _annotated(image: Tensor, caption: str) -> Figure:
+    height, width = image.shape[-2:]
+    scale = max(2.0, min(6.0, width / 100)) / width
+    figure = Figure(figsize=(width * scale, height * scale + 0.4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_title(caption, fontsize=11)
+    axis.axis("off")
+    return figure
