@@ -411,7 +411,7 @@ def test_help_shows_examples_for_every_command(call: Call) -> None:
         assert f"isthmus {command}" in text.partition("examples")[2]
 
 
-def wait_for(path: Path, text: str, seconds: float = 150) -> None:
+def wait_for(path: Path, text: str, seconds: float = 300) -> None:
     begun = time.monotonic()
     while time.monotonic() - begun < seconds:
         if path.is_file() and text in path.read_text():
@@ -430,12 +430,14 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how(toy: Path) -> None:
     )
     flags = ["--mode", "sleep", "--out", "runs/toy", "--accelerator", "cpu", "--no-tensorboard"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "run", "toy", *flags], stderr=subprocess.PIPE, text=True, env=environ
-    )
-    wait_for(toy / "runs/toy/log.txt", "sleeping")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=150)
+    command = [sys.executable, "-c", code, "run", "toy", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            wait_for(toy / "runs/toy/log.txt", "sleeping")
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=150)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "isthmus run toy --resume --out runs/toy" in err
     assert "Traceback" not in err

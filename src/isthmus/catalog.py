@@ -363,7 +363,7 @@ def _markdown_verdicts(system: System, results: Path | None) -> str:
         figures = {v["name"]: v for v in (record or {}).get("verdicts", ())}
         mark = {True: "✓", False: "✗", None: "not measured yet:"}[holds]
         value = f" **{figure_of(figures[claim.name])}**" if holds is not None else ""
-        told.append(f"{mark} {claim.text} ({claim.metric}{value}, bar {claim.bar})")
+        told.append(f"{mark} {claim.text.rstrip('.')} ({claim.metric}{value}, bar {claim.bar})")
     return "<br>".join(told) or "ready"
 
 
