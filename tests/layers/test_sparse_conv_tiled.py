@@ -189,6 +189,28 @@ def test_statistics_are_those_of_visible_pixels_only() -> None:
         torch.testing.assert_close(torch.cat([ours[:, :, :2, :2], ours[:, :, 2:, 2:]], 3), theirs)
 
 
+def test_an_image_of_which_nothing_is_visible_is_legal() -> None:
+    visible = VISIBLE.clone()
+    visible[1] = False
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), SqueezeExcite(), nn.GroupNorm(2, 4)).double()
+    masked, tiled = both(net, torch.randn(3, 3, 12, 12, dtype=torch.float64), visible)
+    for name, value in masked.items():
+        assert value.isfinite().all(), name
+        torch.testing.assert_close(tiled[name], value, rtol=0, atol=1e-10)
+    assert not tiled["output 0"][1].any()
+
+
+def test_maps_without_tiles_come_back_to_tiles() -> None:
+    """An unpadded stem makes maps of odd size, which have no tiles; once sizes divide again, tiles go on."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 2), nn.Conv2d(4, 4, 3, 1, 1)).double()
+    x = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    same(net, x)
+    context = SparseContext(VISIBLE, "tiled")
+    (out,) = run_sparse(net, x, context)
+    assert out.tiled
+    assert context.work["tiles"] == 3 * 12 * 12 * net[3].weight.numel()  # the last convolution
+
+
 def test_hidden_cells_are_not_computed() -> None:
     """Tiles hold exactly the visible cells at every stage, through an unmodified network."""
     seen: list[tuple[int, ...]] = []

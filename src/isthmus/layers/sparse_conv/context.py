@@ -61,6 +61,7 @@ class SparseContext:
         self.poison = poison
         self.sync = sync
         self.grad = torch.is_grad_enabled()
+        self.tiling = False  # whether the image was cut into tiles
         self.root: nn.Module | None = None  # the encoder, asked for names of modules when something is refused
         self.leaks: list[str] = []  # under poison: modules in which NaN reached a visible place
         self.work = {"tiles": 0, "canvas": 0}  # multiply-adds by form, counted as if for the whole map

@@ -46,8 +46,8 @@ def new_map(function: Any, x: SparseTensor, canvas: Tensor, owned: bool = False)
 
 
 def back(x: SparseTensor, result: SparseTensor) -> SparseTensor:
-    """A result computed on a canvas returns to the form of its input where it has tiles."""
-    return result.as_tiles() if x.tiled and result.tile is not None else result
+    """A result computed on a canvas returns to tiles where this pass works on tiles and a map of its size has them."""
+    return result.as_tiles() if (x.tiled or x.context.tiling) and result.tile is not None else result
 
 
 @sparse_form(F.pad, torch.constant_pad_nd)

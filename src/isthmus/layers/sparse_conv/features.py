@@ -73,6 +73,7 @@ def image_carrier(x: Tensor, context: SparseContext) -> SparseTensor:
         )
     gains = context.tile_size(extent) is not None and float(context.visible.float().mean()) <= WORTHWHILE
     if context.mode == "tiled" or (context.mode == "auto" and gains):
+        context.tiling = True
         return SparseTensor(x, context, extent, False).as_tiles()
     mask = context.mask(extent)
     return SparseTensor(x, context, extent, False).finish(x.masked_fill(~mask, 0), clean=True)
