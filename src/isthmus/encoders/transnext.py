@@ -78,7 +78,11 @@ class PositionBias(nn.Module):
 
 
 class CosineAttention(nn.Module):
-    """What both kinds of attention share: the temperature t and the query embedding QE of every head.
+    """What all kinds of attention share: the temperature t and the query embedding QE of every head.
+
+    Attributes:
+        fixed_count: number of keys that queries are scaled for at every place and size, for comparison; None, as
+            published, is the number that a place sees.
 
     Raises:
         ValueError: ``heads`` does not divide ``dim``.
@@ -89,12 +93,25 @@ class CosineAttention(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"{heads} heads do not divide a width of {dim}.")
         self.heads = heads
+        self.fixed_count: int | None = None
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(math.exp(1 / 0.24) - 1)))
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, dim // heads))
         trunc_normal(self.query_embedding, std=0.02)
 
-    def scaled(self, queries: Tensor, embedding: Tensor, log_count: Tensor | float) -> Tensor:
-        """(q̂ + QE)·softplus(t)·log(number of keys seen), the scale in float32."""
+    def count(self, grid: Grid) -> Tensor | int:
+        """How many keys are seen: a number, or one for every place, ``(H, W)``."""
+        return grid.keys[0] * grid.keys[1]
+
+    def scaled(self, queries: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
+        """(q̂ + QE)·softplus(t)·log(number of keys seen), the scale in float32.
+
+        Args:
+            queries: of unit length, ``(B, h, d, N)``, or ``(B, h, N, d)`` where all places see the same keys.
+            embedding: QE, with its head's dimensions in the place of those of the queries.
+            grid: of the stage.
+        """
+        count = self.count(grid) if self.fixed_count is None else self.fixed_count
+        log_count = count.flatten().float().log() if isinstance(count, Tensor) else math.log(count)
         scale = F.softplus(self.temperature.float()) * log_count
         return (queries + embedding.to(queries.dtype)) * scale.to(queries.dtype)
 
@@ -113,8 +130,7 @@ class PlainAttention(CosineAttention):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """``(B, H, W, C)`` → the same."""
         parts = self.qkv(x.flatten(1, 2)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = unit(parts[0], 3), unit(parts[1], 3), parts[2]
-        q = self.scaled(q, self.query_embedding, math.log(q.shape[2]))
+        q, k, v = self.scaled(unit(parts[0], 3), self.query_embedding, grid), unit(parts[1], 3), parts[2]
         bias = self.cpb(grid).transpose(1, 2).to(q.dtype)[None]
         drop = self.attn_drop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, bias, drop, scale=1.0)
@@ -124,7 +140,7 @@ class PlainAttention(CosineAttention):
 class AggregatedAttention(CosineAttention):
     """Attention to a window and to a pooled view of the map in one softmax, with learnable tokens T for the window.
 
-    y = (a_local + q̂ T + β) v_local + a_pooled v_pooled. The local part is not normalised with the rest.
+    y = (a_local + q̂ T + β) v_local + a_pooled v_pooled. The part of T and β is not normalised with the rest.
 
     Args:
         dim: C.
@@ -154,39 +170,51 @@ class AggregatedAttention(CosineAttention):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """``(B, H, W, C)`` → the same."""
-        queries = unit(self._split(self.q(x)), 2)
-        keys, values = self._split(self.kv(x)).chunk(2, 1)
-        coarse_keys, coarse_values = self._split(self.kv(self.pooled(x, grid.keys))).chunk(2, 1)
-        log_count = self.log_count(grid).flatten()
-        q = self.scaled(queries, self.query_embedding.transpose(1, 2), log_count)
+        unit_queries = unit(self.split(self.q(x)), 2)
+        queries = self.scaled(unit_queries, self.query_embedding.transpose(1, 2), grid)
+        keys, values = self.split(self.kv(x)).chunk(2, 1)
+        coarse_keys, coarse_values = self.split(self.kv(self.pooled(x, grid.keys))).chunk(2, 1)
+        logits = [self.local_logits(queries, keys, grid), self.coarse_logits(queries, coarse_keys, grid)]
+        a = F.dropout(torch.cat(logits, 2).softmax(2), self.attn_drop, self.training)
+        local, coarse = a.split([part.shape[2] for part in logits], 2)
+        y = (coarse_values @ coarse.to(coarse_values.dtype)).add_(self.local_sum(local, unit_queries, values, grid))
+        return self.join(y, grid)
 
-        bias = self.local_bias[:, :, None, None].masked_fill(~grid.visible, -math.inf)
-        local = neighbour_scores(q.unflatten(3, grid.size), unit(keys, 2).unflatten(3, grid.size), self.window)
-        local = (local + bias.to(q.dtype)).flatten(3)
-        coarse = unit(coarse_keys, 2).transpose(2, 3) @ q
-        coarse = coarse.add_(self.cpb(grid).to(coarse.dtype))
-        a = F.dropout(torch.cat([local, coarse], 2).softmax(2), self.attn_drop, self.training)
-        local, coarse = a.split([local.shape[2], coarse.shape[2]], 2)
+    # Inside, maps are (B, h, d, N): places last, because everything runs along them.
 
-        tokens, beta = self.learnable_tokens.transpose(1, 2), self.learnable_bias.transpose(1, 2)
-        weights = (local + beta + tokens @ queries).to(values.dtype).unflatten(3, grid.size)
-        y = neighbour_mix(weights, values.unflatten(3, grid.size), self.window).flatten(3)
-        y = (coarse_values @ coarse.to(coarse_values.dtype)).add_(y)
-        return self.proj(y.flatten(1, 2).transpose(1, 2)).view(x.shape)
+    def split(self, x: Tensor) -> Tensor:
+        """``(B, H, W, n·C)`` → ``(B, n·h, d, N)``."""
+        return x.flatten(1, 2).transpose(1, 2).contiguous().unflatten(1, (-1, self.query_embedding.shape[2]))
 
-    def log_count(self, grid: Grid) -> Tensor:
-        """Logarithm of the number of keys that every place sees, float32 ``(H, W)``."""
-        return (grid.visible.sum(0) + grid.keys[0] * grid.keys[1]).float().log()
+    def join(self, y: Tensor, grid: Grid) -> Tensor:
+        """``(B, h, d, N)`` → ``(B, H, W, C)``, through the last linear layer."""
+        return self.proj(y.flatten(1, 2).transpose(1, 2)).unflatten(1, grid.size)
+
+    def count(self, grid: Grid) -> Tensor | int:
+        """The window's places inside the map, and the pooled keys, ``(H, W)``."""
+        return grid.visible.sum(0) + grid.keys[0] * grid.keys[1]
 
     def pooled(self, x: Tensor, keys: Pair) -> Tensor:
         """The coarse view, ``(B, H, W, C)`` → ``(B, *keys, C)``: 1x1 convolution, GELU, mean, LayerNorm."""
         y = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias)).permute(0, 3, 1, 2)
         return self.norm(F.adaptive_avg_pool2d(y, keys).permute(0, 2, 3, 1))
 
-    def _split(self, x: Tensor) -> Tensor:
-        """``(B, H, W, n·C)`` → ``(B, n·h, d, N)``: places last, because everything runs along them."""
-        lines = x.flatten(1, 2).transpose(1, 2).contiguous()
-        return lines.unflatten(1, (-1, self.query_embedding.shape[2]))
+    def local_logits(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        """``(B, h, k·k, N)``; -∞ outside the map."""
+        bias = self.local_bias[:, :, None, None].masked_fill(~grid.visible, -math.inf)
+        logits = neighbour_scores(queries.unflatten(3, grid.size), unit(keys, 2).unflatten(3, grid.size), self.window)
+        return (logits + bias.to(logits.dtype)).flatten(3)
+
+    def coarse_logits(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        """``(B, h, pooled keys, N)``."""
+        logits = unit(keys, 2).transpose(2, 3) @ queries
+        return logits.add_(self.cpb(grid).to(logits.dtype))
+
+    def local_sum(self, attention: Tensor, unit_queries: Tensor, values: Tensor, grid: Grid) -> Tensor:
+        """(a_local + q̂ T + β) v_local, ``(B, h, d, N)``."""
+        tokens, beta = self.learnable_tokens.transpose(1, 2), self.learnable_bias.transpose(1, 2)
+        weights = (attention + beta + tokens @ unit_queries).to(values.dtype)
+        return neighbour_mix(weights.unflatten(3, grid.size), values.unflatten(3, grid.size), self.window).flatten(3)
 
 
 class ConvGLU(nn.Module):
