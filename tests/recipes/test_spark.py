@@ -185,6 +185,13 @@ def test_paper_settings_are_the_published_ones(tmp_path: Path) -> None:
     assert sum(p.numel() for p in objective.parameters()) - head == 52_921_835
 
 
+def test_a_few_steps_of_the_published_setting_are_a_tryout_in_small_batches(tmp_path: Path) -> None:
+    large = dataclasses.replace(Config.paper().pretrain, batch_size=4096)
+    config = dataclasses.replace(TINY, pretrain=large, finetune=Config.paper().finetune, comparisons="off")
+    metrics = _record(_run(config, tmp_path, max_steps=1))["metrics"]
+    assert {"heldout_loss", "accuracy_spark", "accuracy_scratch"} <= metrics.keys()
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -57,7 +57,7 @@ _PRETRAIN = Training(
     steps=300, batch_size=32, lr=2e-3, weight_decay=0.05, warmup_steps=30, clip=5.0, final_lr_ratio=0.01
 )
 _FINETUNE = Training(
-    steps=100, batch_size=32, lr=1e-3, weight_decay=0.05, warmup_steps=10, layer_decay=0.7, final_lr_ratio=0.01
+    steps=60, batch_size=32, lr=1e-3, weight_decay=0.05, warmup_steps=6, layer_decay=0.7, final_lr_ratio=0.01
 )
 
 
@@ -158,6 +158,8 @@ class Config:
 
 def run(config: Config, run: Run) -> None:
     """Pre-train, look at what it learnt, fine-tune where there are labels, and compare."""
+    if _is_tryout(run):
+        config = _small(config, run)
     compare = config.comparisons == "on" or (config.comparisons == "auto" and config.data == Config.data)
     train = data.load(config.data, "train", needs, run.seed)
     held_out = _validation(config, run, train)
@@ -204,6 +206,22 @@ def run(config: Config, run: Run) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces
+
+
+def _is_tryout(run: Run) -> bool:
+    """A handful of steps are not to learn anything but to see that all is in order."""
+    return run.options.max_steps is not None and run.options.max_steps <= 10
+
+
+def _small(config: Config, run: Run) -> Config:
+    """Batches of at most eight images a device, so that a published setting can be tried out on a laptop."""
+    run.log("A try-out of a few steps: batches of at most eight images a device, and few images to measure on.")
+
+    def smaller(training: Training) -> Training:
+        batch_size = min(training.batch_size, 8 * run.world * training.accumulate)
+        return dataclasses.replace(training, batch_size=batch_size, workers=0)
+
+    return dataclasses.replace(config, pretrain=smaller(config.pretrain), finetune=smaller(config.finetune))
 
 
 def _fit(run: Run, phase: str, objective: _Objective, dataset: Any, training: Training, transform: Any) -> _Objective:
@@ -281,7 +299,7 @@ def _held_out(
 ) -> list[dict[str, Tensor]]:
     """Up to ``count`` held-out images and masks that are the same for every variant."""
     transform = Compose([Resize(size), CenterCrop(size)])
-    chosen = dataset.select(range(min(count, len(dataset))))
+    chosen = dataset.select(range(min(8 if _is_tryout(run) else count, len(dataset))))
     generator, batches = torch.Generator().manual_seed(run.seed), []
     for batch in data.evaluation_batches(chosen, 64, transform=transform):
         grid = objective.grid(batch["image"])
@@ -397,6 +415,8 @@ def _finetune_all(
     classes = len(train.classes)
     few = _few(config, run, train)
     test = data.load(config.data, "test", ("image", "label"), run.seed)
+    if _is_tryout(run):
+        test = test.select(range(min(8, len(test))))
     if classes < 2 or not len(test):
         run.note("Fine-tuning was left out: it needs at least two classes and some test images.")
         return
