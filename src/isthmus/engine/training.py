@@ -141,7 +141,10 @@ class Training:
         warmup = self.warmup_steps or self.warmup_epochs * epoch
         unit = 1 if self.epochs is None else epoch
         if warmup >= full:
-            raise UserError(f"the warm-up of {warmup:g} steps must be shorter than the phase of {full} steps.")
+            raise UserError(
+                f"the warm-up of {warmup:g} steps must be shorter than the phase of {full} steps; lower warmup_steps or "
+                "warmup_epochs, or train longer."
+            )
         return Schedule(
             lr=self.lr,
             steps=steps,
