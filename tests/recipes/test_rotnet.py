@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from isthmus.codec import UserError
+from isthmus.data import Memory
 from isthmus.decoders.probes import NonLinearProbe
 from isthmus.encoders.alexnet import AlexNet
 from isthmus.encoders.nin import NetworkInNetwork
@@ -47,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     tmp_path = tmp_path_factory.mktemp("rotnet")
     folder = _photographs(tmp_path / "photographs")
     training = dataclasses.replace(FEW, steps=40)
-    config = Config(data=f"folder:{folder}", size=16, pretrain=training, eval_split="all")
+    config = Config(data=f"folder:{folder}", pretrain=training, eval_split="all")
     return _run(tmp_path, config)
 
 
@@ -92,6 +93,34 @@ def test_apply_turns_photographs_upright(trained: tuple[Path, dict], tmp_path: P
     assert "skipped" in told[str(tmp_path / "note.txt")]
     with pytest.raises(UserError, match="none of the inputs is an image"):
         rotnet.apply(folder, [tmp_path / "note.txt"], tmp_path / "out")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (cut / rotnet.ENCODER).write_bytes((folder / rotnet.ENCODER).read_bytes()[:1000])
+    with pytest.raises(UserError, match="no readable encoder"):
+        rotnet.apply(cut, inputs, tmp_path / "out")
+
+
+def test_few_pictures_without_labels_and_a_moving_average(tmp_path: Path) -> None:
+    folder = _photographs(tmp_path / "few", count=4)
+    training = dataclasses.replace(FEW, batch_size=2, ema=0.5)
+    config = Config(data=f"folder:{folder}", pretrain=training, control=False, train_split="all", eval_split="all")
+    run_dir, report = _run(tmp_path, config)
+    assert "rotation_accuracy" in report["metrics"]
+    averaged = torch.load(run_dir / "checkpoints" / "pretrain.result.pt", weights_only=True)["ema"]
+    saved = load_file(run_dir / rotnet.ENCODER)
+    assert all(torch.equal(averaged[f"encoder.{name}"], tensor) for name, tensor in saved.items())
+
+
+def test_size_is_that_of_the_images_up_to_what_the_network_was_made_for(tmp_path: Path) -> None:
+    for images, network, size in (
+        ((20, 50), "nin_cifar_tiny", 20),
+        ((100, 80), "resnet10t", 64),
+        ((500, 600), "resnet10t", 160),
+        ((500, 600), "nin_cifar_tiny", 32),
+    ):
+        dataset = Memory("images", {"image": torch.zeros(1, 3, *images, dtype=torch.uint8)})
+        assert rotnet._natural_size(dataset, timm.create_model(network)) == size
 
 
 def test_probe_of_kept_features_is_measured_beside_the_untrained_network(tmp_path: Path) -> None:

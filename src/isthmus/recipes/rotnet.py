@@ -15,15 +15,17 @@ too (but for 0, 1 and 8, and 6 against 9). The sixteen built-in photographs are 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -57,8 +59,8 @@ class Config:
     """Images with an upright orientation: auto is CIFAR-10 where it is at hand, else digits:32; any source will do."""
     encoder: str = "nin_cifar_tiny"
     """The network, ours or any of timm: nin_cifar_tiny, nin_cifar, rotnet_alexnet, resnet18, …"""
-    size: int = 32
-    """Pixels a side of what the network sees."""
+    size: int | None = None
+    """Pixels a side of what the network sees; without it those of the images, but no more than it was made for."""
     resize: int | None = None
     """Shorter side before the crop; that of the crop without it."""
     padding: int = 0
@@ -154,25 +156,27 @@ def no_verdict(config: Config) -> str:
 def run(config: Config, run: Run) -> None:
     """Pre-train, measure, probe, draw."""
     source = _source(config)
-    train, held_out = (load(source, split, needs, run.seed) for split in (config.train_split, config.eval_split))
-    if run.options.max_steps is not None and len(held_out) > 256:  # a try-out is not to measure for minutes
-        held_out = held_out.select(range(256))
-    run.log(f"{source}: {len(train)} images to train on, {len(held_out)} held out.")
-    _check_exact(run)
     run.seed_everything("network")
-    network = _network(config)
+    network = create_timm(config.encoder, num_classes=len(config.rotations))  # first: a wrong name is told at once
+    train, held_out = _images(run, config, source)
+    config = dataclasses.replace(config, size=config.size or _natural_size(train, network))
+    _set_size(network, config)
     untrained = copy.deepcopy(network)
     augmented, plain = _transforms(config, network)
+    run.log(f"{source}: {len(train)} images to train on, {len(held_out)} held out, {config.size} pixels a side.")
+    _check_exact(run)
 
     objective = _objective(network, config)
-    fit(run, "pretrain", objective, train, config.pretrain, augmented)
+    fitted = fit(run, "pretrain", objective, train, config.pretrain, augmented)
+    objective = cast(Rotation, fitted.ema or fitted.objective)
+    network = objective.encoder
     confusion = _confusion(run, objective, held_out, plain)
     accuracy = float(confusion.diagonal().sum() / confusion.sum())
     chance = 1 / len(config.rotations)
     run.metric("rotation_accuracy", accuracy, published="0.936 (CIFAR-10, NIN of 4 blocks, a user's reproduction)")
     if run.is_first:
-        save_weights(network, run.dir / ENCODER)
-    arguments = f"num_classes={len(config.rotations)}, checkpoint_path={ENCODER!r}"
+        save_weights(network, run.dir / ENCODER, {"timm": config.encoder, "size": str(config.size)})
+    arguments = f"num_classes={len(config.rotations)}, checkpoint_path={str(run.dir / ENCODER)!r}"
     text = f"import isthmus.encoders; timm.create_model({config.encoder!r}, {arguments})"
     run.artifact("encoder", run.dir / ENCODER, f"the network with its rotation classifier: {text}")
 
@@ -207,8 +211,8 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     Raises:
         UserError: no input is an image, or the run is incomplete.
     """
-    config = _restored(read_config(run_dir)["config"])
-    network = _network(config)
+    config = _restored(run_dir)
+    network = _network(config, len(config.rotations))
     load_weights(network, run_dir / ENCODER)
     objective = _objective(network, config).eval()
     _, plain = _transforms(config, network)
@@ -302,16 +306,40 @@ def _objective(network: nn.Module, config: Config) -> Rotation:
     return Rotation(network, nn.Identity(), config.rotations, circle=config.circle)
 
 
-def _network(config: Config, classes: int | None = None) -> nn.Module:
-    network = create_timm(config.encoder, num_classes=len(config.rotations) if classes is None else classes)
+def _network(config: Config, classes: int) -> nn.Module:
+    network = create_timm(config.encoder, num_classes=classes)
+    _set_size(network, config)
+    return network
+
+
+def _set_size(network: nn.Module, config: Config) -> None:
     if hasattr(network, "set_input_size"):  # transformers have positions for one size
         network.set_input_size(img_size=(config.size, config.size))  # type: ignore[operator]
-    return network
+
+
+def _natural_size(dataset: Dataset, network: nn.Module) -> int:
+    """The images' shorter side, or what the network was made for; a multiple of 32 from 32 on."""
+    stats: Any = network.pretrained_cfg
+    side = min(*(dataset.image_size or dataset[0]["image"].shape[-2:]), stats["input_size"][-1])
+    return side // 32 * 32 if side >= 32 else side
+
+
+def _images(run: Run, config: Config, source: str) -> tuple[Dataset, Dataset]:
+    """What to train and to measure on."""
+    train, held_out = (load(source, split, needs, run.seed) for split in (config.train_split, config.eval_split))
+    if not hasattr(train, "__len__"):
+        raise UserError(f"{source} is a stream, of which no part can be held out; use folder:, parquet: or hub: here.")
+    if not len(held_out):
+        raise UserError(f"{source} holds nothing out to measure on; give more images, or --eval-split train.")
+    if run.options.max_steps is not None and len(held_out) > 256:  # a try-out is not to measure for minutes
+        held_out = held_out.select(range(256))
+    return train, held_out
 
 
 def _transforms(config: Config, network: nn.Module, turned: Turned | None = None) -> tuple[Transform, Transform]:
     """For training and for measuring; rotation comes after either, in the objective."""
     stats: Any = network.pretrained_cfg
+    assert config.size is not None
     resize, normalize = Resize(config.resize or config.size), Normalize(stats["mean"], stats["std"])
     control = [turned] if turned else []
     flip = [Flip()] if config.flip else []
@@ -323,13 +351,19 @@ def _source(config: Config) -> str:
     if config.data != "auto":
         return config.data
     cifar10 = local("cifar10/test.parquet")
-    return f"parquet:{cifar10}" if cifar10 else f"digits:{config.size}"
+    return f"parquet:{cifar10}" if cifar10 else f"digits:{config.size or 32}"
 
 
-def _restored(saved: Mapping[str, Any]) -> Config:
+def _restored(run_dir: Path) -> Config:
     """The settings that ``apply`` needs."""
-    kept = {key: saved[key] for key in ("encoder", "size", "resize", "circle") if key in saved}
-    return Config(**kept, rotations=tuple(saved["rotations"]))
+    saved = read_config(run_dir)["config"]
+    try:
+        with safe_open(str(run_dir / ENCODER), "pt") as file:
+            size = int(file.metadata()["size"])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{run_dir} holds no readable {ENCODER}; finish the run first, or run it anew.") from error
+    kept = {key: saved[key] for key in ("encoder", "resize", "circle")}
+    return Config(**kept, size=size, rotations=tuple(saved["rotations"]))
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
