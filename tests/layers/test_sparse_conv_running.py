@@ -264,7 +264,7 @@ def test_bad_input_is_answered_in_one_sentence() -> None:
         sparse_features(nn.Conv2d(3, 4, 16, 16), x, good)
     one = torch.zeros(1, 2, 2, dtype=torch.bool)
     one[0, 0, 0] = True
-    with pytest.raises(UserError, match="more than one visible pixel"):
+    with pytest.raises(UserError, match=r"'1' \(BatchNorm2d\) has a single visible pixel"):
         sparse_features(nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.BatchNorm2d(4)), x[:1], one)
 
 

@@ -26,7 +26,8 @@ def sparse_features(
     """Run an unmodified convnet on the visible cells of its images (SparK, arXiv 2301.03580, section 3.2).
 
     The values, gradients and batch-norm statistics are those of the published masked-dense algorithm in every mode;
-    ``"tiled"`` computes only the visible cells. Runs outside of ``torch.compile`` (a graph break).
+    ``"tiled"`` computes only the visible cells. Runs outside of ``torch.compile`` (a graph break). Tiles have first
+    derivatives only, and activation checkpointing must be of the non-reentrant kind, timm's default.
 
     Args:
         encoder: maps images to a list of maps, finest first, or to one map (a timm ``Backbone``, any module).

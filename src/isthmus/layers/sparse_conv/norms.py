@@ -10,9 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.codec import UserError
+
 from .ops import channel_axes
 from .reduce import _variance
-from .tensor import NCHW, SparseTensor, no_form, sparse_form
+from .tensor import NCHW, SparseTensor, calling_module, no_form, sparse_form
 from .tiles import PutRows, TakeRows
 
 
@@ -60,7 +62,10 @@ def batch_norm(
     channel_axes(function, x, [])
     rows = rows_of(x)
     if training and len(rows) < 2 and not (x.context.sync and _world() > 1):
-        raise no_form(function, x, None, "it needs more than one visible pixel to train; use a larger batch or image")
+        raise UserError(
+            f"batch norm in {calling_module(x.context)} has a single visible pixel to train on; use a larger batch or "
+            "larger images, or hide less."
+        )
     if _recomputing():  # the first pass has moved the running statistics already
         running_mean, running_var = _copy(running_mean), _copy(running_var)
     if training and x.context.sync and _world() > 1:

@@ -139,29 +139,19 @@ def _pointwise(function: Any, args: Sequence[Any], kwargs: dict[str, Any], clean
     target = args[0] if args else None
     if inplace and not isinstance(target, SparseTensor):
         raise no_form(function, args, kwargs, "it writes a sparse map into a dense tensor")
-    found = [a for a in (*args, *kwargs.values()) if isinstance(a, SparseTensor)]
-    aligned = iter(align(found, function)) if len(found) > 1 or found[0].padding is not None else iter(found)
-    lead: SparseTensor | None = None
-    values: list[Any] = []
-    for argument in (*args, *kwargs.values()):
-        if isinstance(argument, SparseTensor):
-            carrier = next(aligned)
-            lead = carrier if lead is None else lead
-            values.append(carrier)
-        else:
-            values.append(argument)
-    assert lead is not None
+    operands = [*args, *kwargs.values()]
+    carriers = align([operand for operand in operands if isinstance(operand, SparseTensor)], function)
+    lead, remaining = carriers[0], iter(carriers)
     plain: list[Any] = []
-    for value in values:
-        if isinstance(value, SparseTensor):
-            hold = value.values
-            if ones and not value.tiled:
-                hold = hold.masked_fill(~value.mask_like(), 1)
-            plain.append(hold)
-        elif isinstance(value, Tensor) and value.dim() > 0:
-            plain.append(localise(value, lead))
+    for operand in operands:
+        if isinstance(operand, SparseTensor):
+            carrier = next(remaining)
+            spare = ones and not carrier.tiled
+            plain.append(carrier.values.masked_fill(~carrier.mask_like(), 1) if spare else carrier.values)
+        elif isinstance(operand, Tensor) and operand.dim() > 0:
+            plain.append(localise(operand, lead))
         else:
-            plain.append(value)
+            plain.append(operand)
     positional, named = plain[: len(args)], dict(zip(kwargs, plain[len(args) :], strict=True))
     if inplace and (not clean or ones or (torch.is_grad_enabled() and plain[0]._is_view())):
         function, positional, named = out_of_place(function, positional, named)

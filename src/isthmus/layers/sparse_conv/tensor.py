@@ -137,11 +137,9 @@ class SparseTensor(Tensor):
         """Pixels of the whole maps of the batch."""
         return self.context.batch * self.extent[0] * self.extent[1]
 
-    def mask_like(
-        self, axes: tuple[int, int, int] | None = None, ndim: int | None = None, dtype: Any = torch.bool
-    ) -> Tensor:
+    def mask_like(self) -> Tensor:
         """The visibility of the canvas with singleton channel axes, so that it broadcasts against it."""
-        return place_mask(self.context, self.extent, axes or self.axes, ndim or self.values.dim(), dtype)
+        return place_mask(self.context, self.extent, self.axes, self.values.dim(), torch.bool)
 
     def cleaned(self) -> Tensor:
         """The values for an operation that reads neighbours: hidden places of a canvas are zero even under poison."""
@@ -155,8 +153,8 @@ class SparseTensor(Tensor):
             return self
         from .tiles import tiles_to_canvas
 
-        canvas = tiles_to_canvas(self.to_order(NCHW_order(self)), self.context, self.extent)
-        values = from_order(canvas, NCHW_order(self))
+        order = image_first(self)
+        values = undo(tiles_to_canvas(self.values.permute(order), self.context, self.extent), order)
         values = hide(values, self.context, self.extent, self.axes, True)
         return SparseTensor(values, self.context, self.extent, False, self.axes, self.padding)
 
@@ -166,23 +164,18 @@ class SparseTensor(Tensor):
             return self
         from .tiles import canvas_to_tiles
 
-        tiles = canvas_to_tiles(self.to_order(NCHW_order(self)), self.context, self.extent)
-        return SparseTensor(
-            from_order(tiles, NCHW_order(self)), self.context, self.extent, True, self.axes, self.padding
-        )
-
-    def to_order(self, order: Sequence[int]) -> Tensor:
-        """The values with their axes in ``order``."""
-        return self.values.permute(tuple(order))
+        order = image_first(self)
+        values = undo(canvas_to_tiles(self.values.permute(order), self.context, self.extent), order)
+        return SparseTensor(values, self.context, self.extent, True, self.axes, self.padding)
 
 
-def NCHW_order(x: SparseTensor) -> list[int]:
+def image_first(x: SparseTensor) -> list[int]:
     """The order of axes that puts image first, then every channel axis, then row and column."""
     special = [axis % x.values.dim() for axis in x.axes]
     return [special[0], *(a for a in range(x.values.dim()) if a not in special), special[1], special[2]]
 
 
-def from_order(values: Tensor, order: Sequence[int]) -> Tensor:
+def undo(values: Tensor, order: Sequence[int]) -> Tensor:
     """Undo a permutation."""
     inverse = [0] * len(order)
     for position, axis in enumerate(order):
@@ -215,8 +208,6 @@ def hide(
         return values.masked_fill(~mask, float("nan"))
     if clean:
         return values
-    if not values.is_floating_point():
-        return values * place_mask(context, extent, axes, values.dim(), values.dtype)
     # Multiplying, not filling: one pass forward and one backward. A hidden place whose value is infinite would give
     # NaN, so operations that are singular at zero are kept away from it (see SINGULAR in ops.py).
     return values * place_mask(context, extent, axes, values.dim(), values.dtype)
