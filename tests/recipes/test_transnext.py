@@ -1,0 +1,117 @@
+"""TransNeXt's recipe: its comparisons are fair, its measures mean what they say, and its network is of use."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torchvision.transforms.v2.functional import to_pil_image
+
+import isthmus.encoders  # noqa: F401 - registers the sizes with timm
+from isthmus.codec import UserError, load_weights
+from isthmus.data import load
+from isthmus.encoders.transnext import AggregatedAttention, CosineAttention
+from isthmus.engine import Run, Training
+from isthmus.recipes import transnext
+from isthmus.recipes.transnext import Config, PooledAttention, WindowAttention
+from tests.encoders.test_transnext import official, tiny
+
+FEW = Training(steps=2, batch_size=16, lr=2e-3)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    config = Config(images=32, test_images=24, sizes=(48,), training=FEW)
+    with Run.quick(tmp_path_factory.mktemp("transnext"), name="transnext", config=config) as run:
+        transnext.run(config, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def test_everything_that_the_claims_are_about_is_measured(trained: tuple[Path, dict[str, Any]]) -> None:
+    metrics = {name: entry["value"] for name, entry in trained[1]["metrics"].items()}
+    parts = [metrics["accuracy_window_32"], metrics["accuracy_pooled_32"]]
+    assert metrics["gain_over_parts"] == pytest.approx(metrics["accuracy_32"] - max(parts))
+    fixed = metrics["accuracy_fixed_scale_32"] - metrics["accuracy_fixed_scale_48"]
+    assert metrics["loss_saved_48"] == pytest.approx(fixed - metrics["accuracy_32"] + metrics["accuracy_48"])
+    assert (metrics["covered_share"], metrics["window_cells"], metrics["sharpest_in_window"]) == (1, 9, 1)
+    assert {"sizes", "heard", "confusion", "examples"} <= {figure["name"] for figure in trained[1]["figures"]}
+
+
+def test_networks_that_are_compared_have_the_same_number_of_parameters(trained: tuple[Path, dict[str, Any]]) -> None:
+    counts = [e["value"] for name, e in trained[1]["metrics"].items() if name.startswith("parameters_")]
+    assert len(counts) == 4
+    assert max(counts) <= 1.001 * min(counts)
+
+
+def test_apply_tells_what_is_on_pictures_of_any_size(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    image = load("scenes?space=easy", "test", size=50)[0]["image"]
+    to_pil_image(image).save(tmp_path / "scene.png")
+    (tmp_path / "note.txt").write_text("no picture")
+    inputs = [tmp_path / "scene.png", tmp_path / "note.txt"]
+    written = transnext.apply(trained[0], inputs, tmp_path / "out")
+    assert all(path.exists() for path in written)
+    told = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert sum(told[str(inputs[0])]["probability"].values()) <= 1.001
+    assert "skipped" in told[str(inputs[1])]
+    with pytest.raises(UserError, match="none of the inputs is an image"):
+        transnext.apply(trained[0], inputs[1:], tmp_path / "out")
+
+
+def test_fixed_scale_is_that_of_training_at_every_size() -> None:
+    free, fixed = (transnext._network(Config(), 8).eval() for _ in range(2))
+    fixed.load_state_dict(free.state_dict())
+    transnext.fix_scale(fixed, 32)
+    counts = [m.fixed_count for m in fixed.modules() if isinstance(m, CosineAttention)]
+    assert counts == [9 + 16, 9 + 16, 16, 16]
+    grids = free.grids(96, 96)
+    assert int(free.stages[0].blocks[0].attn.count(grids[0]).max()) == 9 + 144
+    with torch.no_grad():
+        x = torch.randn(1, 3, 96, 96)
+        assert not torch.allclose(free(x), fixed(x))
+
+
+@pytest.mark.parametrize("kind", [WindowAttention, PooledAttention])
+def test_halves_see_what_their_names_say(kind: type[AggregatedAttention]) -> None:
+    torch.manual_seed(0)
+    layer, grid = kind(24, 1), transnext._network(Config(), 8).grids(32, 32)[0]
+    for parameter in layer.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    seen = transnext.heard(layer, torch.randn(2, 16, 16, 24), grid) > 0
+    assert int(seen.sum()) == (9 if kind is WindowAttention else 256)
+    assert seen[7:10, 7:10].all()
+
+
+def test_convert_reads_published_checkpoints(tmp_path: Path) -> None:
+    state = timm.create_model("transnext_micro", num_classes=3).state_dict()
+    torch.save({"model": official(state)}, tmp_path / "published.pth")
+    out = transnext.convert(tmp_path / "published.pth", tmp_path / "ours.safetensors")
+    with safe_open(out, "pt") as file:
+        named = file.metadata()
+    network = timm.create_model(named["timm"], **json.loads(named["arguments"]))
+    load_weights(network, out)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    torch.save(official(tiny().state_dict()), tmp_path / "other.pth")
+    with pytest.raises(UserError, match="fits none of transnext_micro"):
+        transnext.convert(tmp_path / "other.pth", out)
+
+
+def test_published_setting_takes_a_step(tmp_path: Path) -> None:
+    paper = Config.paper()
+    assert (paper.training.epochs, paper.training.batch_size, paper.training.lr) == (300, 1024, 1e-3)
+    assert paper.training.lr * paper.training.warmup_from == pytest.approx(1e-6)
+    assert paper.training.lr * paper.training.final_lr_ratio == pytest.approx(1e-5)
+    config = dataclasses.replace(paper, data="scenes?space=easy", size=64, sizes=(), encoder="transnext_micro")
+    config = dataclasses.replace(config, images=8, test_images=8, training=dataclasses.replace(FEW, batch_size=8))
+    with Run.quick(tmp_path, name="transnext", config=config, max_steps=1) as run:
+        transnext.run(config, run)
+    metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
+    assert "accuracy_64" in metrics
+    assert "gain_over_parts" not in metrics
+    with pytest.raises(UserError, match="'resnet18' is no TransNeXt"):
+        transnext._network(Config(encoder="resnet18"), 8)
