@@ -161,6 +161,23 @@ def test_a_few_steps_learn_the_rotation_of_images_that_are_bright_on_top() -> No
     assert result.metrics["accuracy"] > 0.95
 
 
+def test_telling_the_rotation_of_a_turned_image_turns_the_answer() -> None:
+    torch.manual_seed(0)
+    objective = Rotation(Backbone("nin_cifar_tiny")).eval()
+    images = _images(3, 32)
+    told = objective.tell(images)
+    torch.testing.assert_close(told.sum(1), torch.ones(3))
+    for k in range(4):
+        torch.testing.assert_close(
+            objective.tell(torch.rot90(images, k, (2, 3))), told.roll(k, 1), rtol=1e-4, atol=1e-6
+        )
+    bright = torch.zeros(1, 1, 8, 8)
+    bright[:, :, 0, -1] = 1  # top left, turned clockwise
+    assert Rotation(_Corners(), nn.Identity()).tell(bright).argmax() == 3
+    pair = Rotation(_Corners(), nn.Identity(), (0, 90, 180, 271))  # no group: one look
+    torch.testing.assert_close(pair.tell(bright), pair.logits(bright).softmax(1))
+
+
 def test_stands_beside_another_objective() -> None:
     encoder = Backbone("nin_cifar_tiny")
     both = Together({"rotation": Rotation(encoder, weight=0.5), "halves": Rotation(encoder, rotations=(0, 180))}).eval()
