@@ -106,7 +106,7 @@ def subset(dataset: Dataset, number: float, seed: int, at_least: int = 1, stride
     """
     total = len(dataset)
     count = max(1, round(number * total)) if number <= 1 else round(number)
-    if not 0 < number or count > total:
+    if number <= 0 or count > total:
         raise UserError(f"{dataset.name} has {total} training images; {number:g} of them were asked for.")
     places = (np.arange(count) + seed * (stride or count)) % total
     chosen = permutation(total, seed=0)[places]
