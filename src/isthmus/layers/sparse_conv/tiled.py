@@ -67,7 +67,7 @@ def tiled_conv2d(
         return None
     values = x.values
     device = values.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and values.dtype != torch.float64:  # as torch, which leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
         values, weight, bias = values.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
