@@ -173,8 +173,8 @@ def test_features_only_agrees_with_intermediates() -> None:
     model = tiny()
     torch.manual_seed(0)
     features = timm.create_model("transnext_micro", features_only=True, out_indices=(1, 2), **TINY).eval()
-    wanted_names = features.state_dict().keys()
-    features.load_state_dict({name: v for name, v in model.state_dict().items() if name in wanted_names})
+    trained = {f"model.{name}": value for name, value in model.state_dict().items()}
+    features.load_state_dict({name: trained[name] for name in features.state_dict()})
     assert features.feature_info.channels() == [12, 16]
     assert features.feature_info.reduction() == [8, 16]
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_dropout_and_drop_path_act_in_training_only() -> None:
 
 def test_attention_is_refused_by_the_leak_check() -> None:
     """Pooled keys and the bias of every place read hidden pixels: SparK pre-trains convolutions only."""
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"\(AggregatedAttention\) has no sparse form"):
         check_leaks(Backbone(tiny()), 64, 32)
 
 
@@ -292,8 +292,8 @@ def test_images_too_small_are_refused() -> None:
 
 def test_published_flops() -> None:
     """Multiply-adds in 1e9, within the digits of the paper's tables, windows included."""
-    published = {"micro": 2.7, "tiny": 5.7, "small": 10.3, "base": 18.4, "micro_aaaa": 3.3}
-    with torch.device("meta"):
+    published = {"micro": 2.7, "tiny": 5.7, "micro_aaaa": 3.3}
+    with torch.device("meta"), torch.no_grad():
         for name, billions in published.items():
             model = timm.create_model(f"transnext_{name}").eval()
             side = model.pretrain_size[0]
