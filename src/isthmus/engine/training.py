@@ -142,8 +142,8 @@ class Training:
         unit = 1 if self.epochs is None else epoch
         if warmup >= full:
             raise UserError(
-                f"the warm-up of {warmup:g} steps must be shorter than the phase of {full} steps; lower warmup_steps or "
-                "warmup_epochs, or train longer."
+                f"the warm-up of {warmup:g} steps must be shorter than the phase of {full} steps; lower warmup_steps "
+                "or warmup_epochs, or train longer."
             )
         return Schedule(
             lr=self.lr,
