@@ -29,6 +29,8 @@ from isthmus.encoders.metanext import MetaNeXt
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.reparam import embed_kernel
 
+_LARGE = 2**15  # elements of a branch from which DepthwiseConv's own gradients beat the library's for a 1 x b kernel
+
 
 class InceptionDWConv2d(nn.Module):
     """Identity, s x s, 1 x b and b x 1 depthwise convolutions on four groups of channels, in this order (algorithm 1).
@@ -58,9 +60,9 @@ class InceptionDWConv2d(nn.Module):
                 f"{int(1 / branch_ratio) + (1 / branch_ratio % 1 > 0)} channels or a larger ratio."
             )
         self.channels, self.group = channels, group
-        self.dwconv_hw = DepthwiseConv(group, square_kernel_size)
+        self.dwconv_hw = DepthwiseConv(group, square_kernel_size, "direct")
         self.dwconv_w = DepthwiseConv(group, (1, band_kernel_size))
-        self.dwconv_h = DepthwiseConv(group, (band_kernel_size, 1))
+        self.dwconv_h = DepthwiseConv(group, (band_kernel_size, 1), "direct")
         self.split_indexes = [channels - 3 * group, group, group, group]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +70,9 @@ class InceptionDWConv2d(nn.Module):
         if x.shape[1] != self.channels:
             raise ValueError(f"the map has {x.shape[1]} channels; this mixer is for {self.channels}.")
         same, square, across, down = torch.split(x, self.split_indexes, dim=1)
-        return torch.cat((same, self.dwconv_hw(square), self.dwconv_w(across), self.dwconv_h(down)), dim=1)
+        # Of the three only the horizontal kernel has a slow gradient on CPUs, and there the way round pays from a size.
+        wide = self.dwconv_w(across) if across.numel() >= _LARGE else nn.Conv2d.forward(self.dwconv_w, across)
+        return torch.cat((same, self.dwconv_hw(square), wide, self.dwconv_h(down)), dim=1)
 
     @torch.no_grad()
     def dense_kernel(self) -> tuple[Tensor, Tensor]:

@@ -178,6 +178,9 @@ def curves(values: Mapping[str, Sequence[tuple[float, float]]], across: str, alo
     axis.set_ylabel(along)
     if log:
         axis.set_xscale("log")
+        places = sorted({x for points in values.values() for x, _ in points})
+        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     return figure
