@@ -39,6 +39,7 @@ from torchvision.transforms import Normalize
 
 from isthmus import data
 from isthmus.codec import UserError, build, create_timm, load_weights, save_weights, spec_of, write_atomically
+from isthmus.data.augment import RandomErase, TrivialAugment
 from isthmus.data.decoding import Unreadable, decode_image
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Mixup, RandomResizedCrop, Resize
 from isthmus.decoders.spark_unet import SparKUNet
@@ -106,6 +107,10 @@ class Config:
     """Strength of CutMix while fine-tuning."""
     smoothing: float = 0.1
     """Label smoothing while fine-tuning."""
+    trivial_augment: bool = False
+    """TrivialAugment while fine-tuning, as published below 384 pixels."""
+    erasing: float = 0.0
+    """Share of the images that random erasing covers in part while fine-tuning."""
     binary: bool = False
     """Fine-tune with binary cross-entropy, as published for ResNets."""
     comparisons: Literal["auto", "on", "off"] = "auto"
@@ -114,10 +119,7 @@ class Config:
 
     @classmethod
     def paper(cls) -> Config:
-        """ResNet-50 on ImageNet-1k as published: 1600 epochs of LAMB at batch 4096, then 300 epochs of fine-tuning.
-
-        TrivialAugment and random erasing of the published fine-tuning are left out.
-        """
+        """ResNet-50 on ImageNet-1k as published: 1600 epochs of LAMB at batch 4096, then 300 epochs of fine-tuning."""
         return cls(
             data="hub:ILSVRC/imagenet-1k",
             encoder="resnet50",
@@ -155,6 +157,8 @@ class Config:
             finetune_crop=0.08,
             mixup=0.1,
             cutmix=1.0,
+            trivial_augment=True,
+            erasing=0.25,
             binary=True,
             comparisons="off",
         )
@@ -425,6 +429,10 @@ def _finetune_all(
         run.note("Fine-tuning was left out: it needs at least two classes and some test images.")
         return
     steps: list[Any] = [RandomResizedCrop(size, (config.finetune_crop, 1)), Flip()]
+    if config.trivial_augment:
+        steps.append(TrivialAugment())
+    if config.erasing:
+        steps.append(RandomErase(config.erasing))
     if config.mixup or config.cutmix:
         steps.append(Mixup(classes, config.mixup, config.cutmix, config.smoothing))
     for name, encoder in encoders.items():
