@@ -41,6 +41,8 @@ class Config:
     """Labelled images; scenes without a size of their own are drawn anew at every size, all others are resized."""
     encoder: str = ""
     """A published size, such as transnext_tiny; a small network of three stages without it."""
+    pooling: tuple[int, ...] = (4, 2, 1)
+    """Of the small network: cells of a map to one of its pooled view, stage by stage; 1 is plain attention."""
     size: int = 32
     """Pixels a side in training."""
     sizes: tuple[int, ...] = (48, 64, 96)
@@ -282,7 +284,12 @@ def _network(
             raise UserError(f"encoder {config.encoder!r} is no TransNeXt; this recipe compares its kinds of attention.")
         make: Callable[..., Any] = functools.partial(create_timm, config.encoder)
     else:
-        sizes = {"embed_dims": (24, 48, 96), "depths": (1, 1, 2), "num_heads": (1, 2, 4), "sr_ratios": (4, 2, 1)}
+        sizes = {
+            "embed_dims": (24, 48, 96),
+            "depths": (1, 1, 2),
+            "num_heads": (1, 2, 4),
+            "sr_ratios": tuple(config.pooling),
+        }
         make = functools.partial(TransNeXt, **sizes, patch_size=2, pretrain_size=config.size)
     arguments = {"num_classes": classes, "drop_path_rate": config.drop_path}
     ratios = (8, 8, 4, 4) if config.encoder else (4, 4, 4)
