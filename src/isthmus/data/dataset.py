@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class Unreadable(Exception):
     """One sample cannot be read; the message is the reason that ``Dataset.skipped`` reports."""
 
 
-class Dataset:
+class Dataset(ABC):
     """Map-style samples: ``len(ds)``, ``ds[i] -> dict``, ``ds.fetch(indices) -> batch``.
 
     A sample has the columns asked for and ``index``, its int64 number in the source. ``image`` is uint8 ``(3, H, W)``,
@@ -54,16 +55,16 @@ class Dataset:
         self.in_memory = in_memory
         self.skipped: list[tuple[str, str]] = []
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int) -> dict[str, Any]:
         """Sample ``index`` without replacement, and without its ``index`` key.
 
         Raises:
             Unreadable: the sample is damaged.
         """
-        raise NotImplementedError
 
     def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
         """Several samples, the error in the place of a damaged one; overridden where that is faster than one by one."""

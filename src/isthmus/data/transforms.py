@@ -12,6 +12,7 @@ that gives them a fixed size.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +24,14 @@ from torch import Tensor
 from isthmus.layers.random import rows
 
 
-class Transform:
+class Transform(ABC):
     """Base of all transforms. ``fixes_size`` tells that images of any sizes leave with one."""
 
     fixes_size = False
 
+    @abstractmethod
     def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """A batch whose images have one size → the transformed batch."""
-        raise NotImplementedError
 
     def one(self, sample: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """A single sample, without the batch dimension → the same."""
