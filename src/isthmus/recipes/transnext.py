@@ -7,6 +7,12 @@ What is measured here, on scenes of 32 pixels with one of eight shapes: a small 
 window-only and with pooled-only attention, each of the same number of parameters. The network and its twin with the
 scale of queries fixed at that of training are also tried, untouched, on the same scenes at 48, 64 and 96 pixels. Then,
 on the trained network, which places of the map one attention layer hears of.
+
+What was found over three seeds: what one layer hears of is as the paper says, the two gains are not there. At 32 pixels
+pooled attention alone is already at 0.97, because one shape fills the picture and a coarse view of it is enough, so the
+window has nothing left to add. At other sizes a scene is drawn larger, not only with more cells: at 96 pixels every
+network is near chance (0.15 to 0.19 of 8 classes) whatever scales its queries, so the growing shape, not the growing
+number of keys, is what hurts. Both would need scenes of many small things, which a map of 32 pixels has no room for.
 """
 
 from __future__ import annotations
