@@ -8,5 +8,6 @@ from isthmus.encoders import convit as convit
 from isthmus.encoders import inceptionnext as inceptionnext
 from isthmus.encoders import nin as nin
 from isthmus.encoders import replknet as replknet
+from isthmus.encoders import resnet_cifar as resnet_cifar
 from isthmus.encoders import transnext as transnext
 from isthmus.encoders import unireplknet as unireplknet
