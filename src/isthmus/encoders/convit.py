@@ -22,13 +22,14 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, resample_abs_pos_embed
 from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, convit, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from isthmus.encoders.pyramid import check_images, imagenet_cfg
 
 Grid = tuple[int, int]
 
@@ -332,8 +333,7 @@ class ConViT(convit.ConVit):
         Raises:
             ValueError: images with other channels.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the input is {tuple(x.shape)}; this network takes (B, {self.in_chans}, H, W).")
+        check_images(x, self.in_chans)
         embed: Any = self.patch_embed
         height, width = embed.dynamic_feat_size(x.shape[-2:])
         tokens = embed(x)
@@ -488,25 +488,11 @@ def locality(model: convit.ConVit, images: Tensor) -> list[Locality]:
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
-
-
 #: Heads of width 64 (table 1); no weights were published.
 _HEADS = {"convit_tiny_plus": 4, "convit_small_plus": 9, "convit_base_plus": 16}
-default_cfgs = generate_default_cfgs({name: _cfg() for name in _HEADS})
+default_cfgs = generate_default_cfgs(
+    {name: imagenet_cfg("patch_embed.proj", "head", pool_size=None) for name in _HEADS}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ConViT:

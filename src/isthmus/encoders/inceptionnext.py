@@ -21,11 +21,11 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, convnext, generate_default_cfgs, inception_next, register_model
 from torch import Tensor, nn
 
 from isthmus.encoders.metanext import MetaNeXt
+from isthmus.encoders.pyramid import imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.reparam import embed_kernel
 
@@ -147,23 +147,6 @@ def accelerate(model: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _cfg(first: str, classifier: str, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first,
-        "classifier": classifier,
-        "license": "apache-2.0",
-        **kwargs,
-    }
-
-
 #: ConvNeXt-T with another depthwise kernel: (kernel, share of the channels that is convolved).
 _ABLATIONS: dict[str, tuple[int, Fraction]] = {
     "convnext_tiny_k5": (5, Fraction(1)),
@@ -178,8 +161,8 @@ _ISOTROPIC = {"inceptionnext_isotropic_small": 384, "inceptionnext_isotropic_bas
 
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg("stem.0", "head.fc") for name in _ABLATIONS},
-        **{name: _cfg("stem.0", "head.fc2", pool_size=(14, 14)) for name in _ISOTROPIC},
+        **{name: imagenet_cfg("stem.0", "head.fc") for name in _ABLATIONS},
+        **{name: imagenet_cfg("stem.0", "head.fc2", pool_size=(14, 14)) for name in _ISOTROPIC},
     }
 )
 

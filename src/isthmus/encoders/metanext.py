@@ -19,6 +19,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import inception_next
 from torch import Tensor, nn
 
+from isthmus.encoders.pyramid import check_images
 from isthmus.layers.reparam import check_mergeable, warn_if_untrained
 
 #: ``mixer(dim, stage)``: a module that maps ``(B, dim, H, W)`` to itself, for the stage counted from 0.
@@ -125,8 +126,7 @@ class MetaNeXt(inception_next.MetaNeXt):
         reparameterize(self)
 
     def _checked(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the input is {tuple(x.shape)}; this network takes (B, {self.in_chans}, H, W).")
+        check_images(x, self.in_chans)
         stages: Any = self.stages
         least = self.feature_info[len(stages) - 1]["reduction"]
         if min(x.shape[-2:]) < least:

@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.encoders.pyramid import Pyramid, Stage, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
 
@@ -115,7 +114,7 @@ class FeedForwardBlock(nn.Module):
         return x + self.drop_path(self.pw2(self.act(self.pw1(self.norm(x)))))
 
 
-class RepLKNet(nn.Module):
+class RepLKNet(Pyramid):
     """The network, with timm's interface.
 
     Args:
@@ -155,17 +154,13 @@ class RepLKNet(nn.Module):
         norm_features: bool = False,
         deploy: bool = False,
     ) -> None:
-        super().__init__()
         if not len(large_kernel_sizes) == len(layers) == len(channels):
             raise ValueError(
                 f"large_kernel_sizes {tuple(large_kernel_sizes)}, layers {tuple(layers)} and channels "
                 f"{tuple(channels)} must have one entry a stage."
             )
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.num_features = self.head_hidden_size = channels[-1]
-        self.grad_checkpointing = False
         c = channels[0]
-        self.stem = nn.Sequential(
+        stem = nn.Sequential(
             ConvNorm(in_chans, c, 3, 2, relu=True, deploy=deploy),
             ConvNorm(c, c, 3, depthwise=True, relu=True, deploy=deploy),
             ConvNorm(c, c, relu=True, deploy=deploy),
@@ -185,14 +180,19 @@ class RepLKNet(nn.Module):
             if i:
                 down.append(ConvNorm(channels[i - 1], dim, relu=True, deploy=deploy))
                 down.append(ConvNorm(dim, dim, 3, 2, depthwise=True, relu=True, deploy=deploy))
-            stages.append(nn.Sequential(OrderedDict(downsample=nn.Sequential(*down), blocks=nn.Sequential(*blocks))))
-        self.stages: Any = nn.Sequential(*stages)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(channels)
-        ]
-        self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in channels) if norm_features else None
-        self.norm: nn.Module = nn.BatchNorm2d(channels[-1])
-        self.head: Any = ClassifierHead(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+            stages.append(Stage(nn.Sequential(*down), blocks))
+        super().__init__(
+            stages,
+            channels,
+            ClassifierHead(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
+            stem=stem,
+            norm=nn.BatchNorm2d(channels[-1]),
+            norms=[nn.BatchNorm2d(dim) for dim in channels] if norm_features else None,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            drop_rate=drop_rate,
+            channels_last=True,
+        )
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -217,102 +217,6 @@ class RepLKNet(nn.Module):
                 module.fold()
         if "_timm_spec" in self.__dict__:  # a Codec that is saved now must be rebuilt in the merged form
             self.__dict__["_timm_spec"]["kwargs"]["deploy"] = True
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's: the maps of the stages asked for, finest first; with ``norm_features`` each through its batch norm.
-
-        ``norm`` puts the last map through the head's batch norm, which is also on the first value returned.
-
-        Raises:
-            ValueError: ``output_fmt`` is not ``"NCHW"``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r}: the maps of a convnet are 'NCHW'.")
-        take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(self._checked(x))
-        intermediates = []
-        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last + 1]):
-            x = self._stage(stage, x)
-            if i in take:
-                final = norm and i + 1 == len(self.feature_info)
-                level = x if self.norms is None else self.norms[i](x)
-                intermediates.append(self.norm(level) if final else level)
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """timm's: drop the stages after the last one asked for, and the head."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        shorter = last + 1 < len(self.feature_info)
-        if prune_norm or shorter:
-            self.norm = nn.Identity()
-        if prune_head or shorter:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            self.head, self.num_classes = nn.Identity(), 0
-        return list(take)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """``(B, in_chans, H, W)`` → ``(B, C, H / 32, W / 32)``, batch norm included."""
-        x = self.stem(self._checked(x))
-        for stage in self.stages:
-            x = self._stage(stage, x)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, classify: ``(B, C, h, w)`` → ``(B, num_classes)``."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, in_chans, H, W)`` → ``(B, num_classes)``, or pooled features where there are no classes."""
-        return self.forward_head(self.forward_features(x))
-
-    def _stage(self, stage: Any, x: Tensor) -> Tensor:
-        if not self.grad_checkpointing or torch.jit.is_scripting():
-            return stage(x)
-        x = stage.downsample(x)
-        for block in stage.blocks:
-            x = cast(Tensor, checkpoint(block, x))
-        return x
-
-    def _checked(self, x: Tensor) -> Tensor:
-        """The input, in the memory format in which CPUs run this network fastest."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the input is {tuple(x.shape)}; this network takes (B, {self.in_chans}, H, W).")
-        return x.contiguous(memory_format=torch.channels_last) if type(x) is Tensor and x.device.type == "cpu" else x
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and pooling where it is given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of storing their activations."""
-        self.grad_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's: parameter names → depth, for layer-wise learning rates."""
-        if coarse:
-            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm\.", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": blocks}
 
 
 # ------------------------------------------------------------------------------------------------ official checkpoints
@@ -363,20 +267,7 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     # The published files stand on drives that ask for a browser: pretrained_cfg_overlay={"file": PATH} loads one.
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0.conv",
-        "classifier": "head.fc",
-        "license": "mit",
-        **kwargs,
-    }
+    return imagenet_cfg("stem.0.conv", "head.fc", license="mit", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

@@ -20,14 +20,13 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from isthmus.encoders.pyramid import Pyramid, imagenet_cfg
 from isthmus.layers.neighbourhood import neighbour_mix, neighbour_scores, visible_neighbours
 
 Pair = tuple[int, int]
@@ -293,7 +292,7 @@ class TransNeXtStage(nn.Module):
         return self.norm(x).permute(0, 3, 1, 2)
 
 
-class TransNeXt(nn.Module):
+class TransNeXt(Pyramid):
     """The network, with timm's interface.
 
     Args:
@@ -347,7 +346,6 @@ class TransNeXt(nn.Module):
         drop_path_rate: float = 0.0,
         attention: Callable[[int, int, int, float], nn.Module] = AggregatedAttention,
     ) -> None:
-        super().__init__()
         windows = [window_size] * len(embed_dims) if isinstance(window_size, int) else list(window_size)
         lists = (embed_dims, depths, num_heads, mlp_ratios, sr_ratios, windows)
         if len({len(entries) for entries in lists}) != 1:
@@ -359,30 +357,31 @@ class TransNeXt(nn.Module):
             raise ValueError(f"bias_mode {bias_mode!r} is neither 'extrapolate' nor 'interpolate'.")
         if min(sr_ratios) < 1 or (fixed_pool_size is not None and fixed_pool_size < 1):
             raise ValueError(f"sr_ratios {sr_ratios} and fixed_pool_size {fixed_pool_size} must be at least 1.")
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.pretrain_size = _pair(pretrain_size)
-        self.img_size = self.pretrain_size if img_size is None else _pair(img_size)
-        self.bias_mode, self.fixed_pool_size, self.sr_ratios = bias_mode, fixed_pool_size, tuple(sr_ratios)
-        self.windows = [window or 1 for window in windows]
-        self.strides = [patch_size] + [2] * (len(embed_dims) - 1)
+        windows, strides = [window or 1 for window in windows], [patch_size] + [2] * (len(embed_dims) - 1)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (dim, heads) in enumerate(zip(embed_dims, num_heads, strict=True)):
             make: Callable[[], nn.Module] = (
                 functools.partial(PlainAttention, dim, heads, attn_drop_rate)
                 if sr_ratios[i] == 1
-                else functools.partial(attention, dim, heads, self.windows[i], attn_drop_rate)
+                else functools.partial(attention, dim, heads, windows[i], attn_drop_rate)
             )
             blocks = [TransNeXtBlock(dim, make(), mlp_ratios[i], rate) for rate in rates[i]]
-            embed = PatchEmbed(embed_dims[i - 1] if i else in_chans, dim, self.strides[i])
+            embed = PatchEmbed(embed_dims[i - 1] if i else in_chans, dim, strides[i])
             stages.append(TransNeXtStage(embed, blocks, dim))
-        self.stages: Any = nn.ModuleList(stages)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(embed_dims)
-        ]
-        self.head: Any = ClassifierHead(embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        super().__init__(
+            stages,
+            embed_dims,
+            ClassifierHead(embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
+            reductions=[patch_size * 2**i for i in range(len(embed_dims))],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            drop_rate=drop_rate,
+        )
+        self.pretrain_size = _pair(pretrain_size)
+        self.img_size = self.pretrain_size if img_size is None else _pair(img_size)
+        self.bias_mode, self.fixed_pool_size, self.sr_ratios = bias_mode, fixed_pool_size, tuple(sr_ratios)
+        self.windows, self.strides = windows, strides
         self.apply(_init)
 
     def grids(self, height: int, width: int, device: torch.device | None = None, last: int = -1) -> list[Grid]:
@@ -415,74 +414,9 @@ class TransNeXt(nn.Module):
             raise ValueError(f"{told}, too small to be pooled by {ratio}: use larger images or smaller sr_ratios.")
         return size[0] // ratio, size[1] // ratio
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's: the maps of the stages asked for, finest first; every stage ends in its LayerNorm.
-
-        Raises:
-            ValueError: ``output_fmt`` is not ``"NCHW"``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r}: the maps of this network are 'NCHW'.")
-        take, last = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        for i, grid in enumerate(self._checked(x, last if stop_early else -1)):
-            x = self.stages[i](x, grid)
-            if i in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """timm's: drop the stages after the last one asked for, and the head."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_head or last + 1 < len(self.feature_info):
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            self.head = nn.Identity()
-            self.num_classes = 0
-        return list(take)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """``(B, in_chans, H, W)`` → ``(B, C, H / 32, W / 32)``, normalised."""
-        for stage, grid in zip(self.stages, self._checked(x), strict=True):
-            x = stage(x, grid)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, classify: ``(B, C, h, w)`` → ``(B, num_classes)``."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, in_chans, H, W)`` → ``(B, num_classes)``, or pooled features where there are no classes."""
-        return self.forward_head(self.forward_features(x))
-
-    def _checked(self, x: Tensor, last: int = -1) -> list[Grid]:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the input is {tuple(x.shape)}; this network takes (B, {self.in_chans}, H, W).")
-        return self.grids(x.shape[2], x.shape[3], x.device, last)
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and pooling where it is given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of storing their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+    def stage_arguments(self, x: Tensor, last: int) -> list[tuple[Grid]]:
+        """The grid of every stage."""
+        return [(grid,) for grid in self.grids(x.shape[2], x.shape[3], x.device, last)]
 
     def no_weight_decay(self) -> set[str]:
         """timm's: parameters that are not shrunk, beside those of one dimension."""
@@ -583,22 +517,15 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str
 
 
 def _cfg(name: str, side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "hf_hub_id": f"DaiShiResearch/transnext-{name.replace('_', '-')}",
-        "hf_hub_filename": f"transnext_{name}.pth",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 32, side // 32),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stages.0.embed.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
+    return imagenet_cfg(
+        "stages.0.embed.proj",
+        "head.fc",
+        hf_hub_id=f"DaiShiResearch/transnext-{name.replace('_', '-')}",
+        hf_hub_filename=f"transnext_{name}.pth",
+        input_size=(3, side, side),
+        pool_size=(side // 32, side // 32),
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(

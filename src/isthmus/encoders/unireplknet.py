@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, SqueezeExcite, calculate_drop_path_rates
 from timm.layers import trunc_normal_ as trunc_normal
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.encoders.pyramid import Pyramid, Stage, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
 
@@ -129,25 +128,6 @@ class UniRepLKNetBlock(nn.Module):
         self.norm, self.norm2, self.grn.bias, self.gamma = nn.Identity(), nn.Identity(), None, None
 
 
-class UniRepLKNetStage(nn.Module):
-    """Halve the map (except in the first stage), then blocks.
-
-    Shapes: ``(B, C_in, H, W)`` → ``(B, C, ceil(H / 2), ceil(W / 2))``, or the same size without ``downsample``.
-    """
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return cast(Tensor, checkpoint_seq(self.blocks, x))
-        return self.blocks(x)
-
-
 def default_kernels(depths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The published kernels: 3 in stage 1, 13 in stages 2 and 4; stage 3 has 13 in every block, or in every second
     (18 blocks) or third (27 blocks), because depth is scaled with 3x3 blocks only."""
@@ -156,7 +136,7 @@ def default_kernels(depths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     return (3,) * depths[0], (13,) * depths[1], third, (13,) * depths[3]
 
 
-class UniRepLKNet(nn.Module):
+class UniRepLKNet(Pyramid):
     """The network, with timm's interface.
 
     Args:
@@ -194,16 +174,13 @@ class UniRepLKNet(nn.Module):
         norm_features: bool = False,
         deploy: bool = False,
     ) -> None:
-        super().__init__()
         kernels = default_kernels(depths) if kernel_sizes is None else kernel_sizes
         if len(depths) != len(dims) or [len(k) for k in kernels] != list(depths):
             raise ValueError(
                 f"depths {tuple(depths)}, dims {tuple(dims)} and kernel_sizes {kernels} must agree: one width and one "
                 "list of kernels a stage, one kernel a block."
             )
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.stem = nn.Sequential(
+        stem = nn.Sequential(
             nn.Conv2d(in_chans, dims[0] // 2, 3, 2, 1),
             LayerNorm2d(dims[0] // 2),
             nn.GELU(),
@@ -218,14 +195,20 @@ class UniRepLKNet(nn.Module):
                 UniRepLKNetBlock(dim, kernel, rate, layer_scale, deploy)
                 for kernel, rate in zip(kernels[i], rates[i], strict=True)
             ]
-            stages.append(UniRepLKNetStage(down, blocks))
-        self.stages: Any = nn.Sequential(*stages)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
-        self.norms = nn.ModuleList(LayerNorm2d(dim) for dim in dims) if norm_features else None
-        self.head: Any = NormMlpClassifierHead(
+            stages.append(Stage(down, blocks))
+        head = NormMlpClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d
+        )
+        super().__init__(
+            stages,
+            dims,
+            head,
+            stem=stem,
+            norms=[LayerNorm2d(dim) for dim in dims] if norm_features else None,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            drop_rate=drop_rate,
+            channels_last=True,
         )
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -246,84 +229,6 @@ class UniRepLKNet(nn.Module):
                 module.reparameterize()
         if "_timm_spec" in self.__dict__:  # a Codec that is saved now must be rebuilt in the merged form
             self.__dict__["_timm_spec"]["kwargs"]["deploy"] = True
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's: the maps of the stages asked for, finest first; with ``norm_features`` each through its LayerNorm.
-
-        Raises:
-            ValueError: ``output_fmt`` is not ``"NCHW"``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r}: the maps of a convnet are 'NCHW'.")
-        take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(self._checked(x))
-        intermediates = []
-        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last + 1]):
-            x = stage(x)
-            if i in take:
-                intermediates.append(x if self.norms is None else self.norms[i](x))
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """timm's: drop the stages after the last one asked for, and the head."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
-            self.norms = None
-        if prune_head or last + 1 < len(self.feature_info):
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            self.head = nn.Identity()
-            self.num_classes = 0
-        return list(take)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """``(B, in_chans, H, W)`` → ``(B, C, H / 32, W / 32)``."""
-        return self.stages(self.stem(self._checked(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, normalise, classify: ``(B, C, h, w)`` → ``(B, num_classes)``."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, in_chans, H, W)`` → ``(B, num_classes)``, or pooled features where there are no classes."""
-        return self.forward_head(self.forward_features(x))
-
-    def _checked(self, x: Tensor) -> Tensor:
-        """The input, in the memory format in which CPUs run this network fastest."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the input is {tuple(x.shape)}; this network takes (B, {self.in_chans}, H, W).")
-        return x.contiguous(memory_format=torch.channels_last) if type(x) is Tensor and x.device.type == "cpu" else x
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and pooling where it is given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of storing their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's: parameter names → depth, for layer-wise learning rates."""
-        if coarse:
-            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": blocks}
 
 
 # ------------------------------------------------------------------------------------------------ official checkpoints
@@ -397,23 +302,8 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    hub = {"hf_hub_id": "DingXiaoH/UniRepLKNet", "hf_hub_filename": file} if file else {}
-    return {
-        "url": "",
-        **hub,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **kwargs,
-    }
+def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    return imagenet_cfg("stem.0", "head.fc", hf_hub_id="DingXiaoH/UniRepLKNet", hf_hub_filename=file, **kwargs)
 
 
 _AT_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
