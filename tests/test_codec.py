@@ -15,6 +15,7 @@ from isthmus.codec import (
     UserError,
     build,
     create_timm,
+    extra,
     load_weights,
     save_weights,
     spec_of,
@@ -151,3 +152,9 @@ def test_description_is_plain_json() -> None:
     spec = spec_of(Backbone("resnet10t", reductions=(8, 16), in_chans=1))
     assert json.loads(json.dumps(spec)) == spec
     assert build(spec).model.conv1[0].in_channels == 1
+
+
+def test_a_missing_extra_is_named_with_the_command_that_brings_it() -> None:
+    assert extra("json", "coding").loads("1") == 1
+    with pytest.raises(UserError, match=r"needs the package absent_package: pip install 'isthmus\[coding\]'"):
+        extra("absent_package.part", "coding")

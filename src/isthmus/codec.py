@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -134,6 +135,21 @@ def call_part(part: Callable[..., Any], x: Any, condition: Condition | None = No
     if not names:
         return part(x)
     return part(x, {name: value for name, value in (condition or {}).items() if name in names})
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """Import an optional package that comes with the extra ``name``: ``extra("constriction", "coding")``.
+
+    Raises:
+        UserError: it is not installed; the sentence says what to type.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
+            raise
+        package = module.partition(".")[0]
+        raise UserError(f"this needs the package {package}: pip install 'isthmus[{name}]'.") from error
 
 
 # --------------------------------------------------------------------------------- how a part remembers its making
