@@ -54,8 +54,9 @@ def test_embedded_kernel_computes_the_dilated_convolution(dilation: int, groups:
         ReparamConv(4, 7, [(3, 3)], ndim=1),
         ReparamConv(4, 5, [(3, 1)], ndim=3),
         ReparamConv(4, 5),
+        ReparamConv(4, 7, [(3, 1)], stride=2, out_channels=8),
     ],
-    ids=["dilated", "small", "strided", "rectangles", "grouped", "1d", "3d", "alone"],
+    ids=["dilated", "small", "strided", "rectangles", "grouped", "1d", "3d", "alone", "widening"],
 )
 def test_merge_is_exact_and_a_second_one_does_nothing(conv: ReparamConv) -> None:
     trained(conv)
@@ -115,6 +116,11 @@ def test_training_mode_is_refused_and_untrained_norms_are_told() -> None:
 def test_branches_that_cannot_be_centred_are_refused(kernel: int, branches: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="spans"):
         ReparamConv(4, kernel, branches)
+
+
+def test_outputs_that_the_groups_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="6 output channels: they must be a multiple of 4 groups"):
+        ReparamConv(4, 7, out_channels=6)
 
 
 def test_kernels_that_cannot_be_embedded_are_refused() -> None:

@@ -98,12 +98,14 @@ class ReparamConv(nn.Module):
         stride: of all branches.
         ndim: 1, 2 or 3 spatial axes.
         groups: of all branches; ``None`` is depthwise.
+        out_channels: of the output, C by default; several kernels a channel where it is a multiple of C.
         deploy: build the merged form at once, for a merged checkpoint.
 
-    Shapes: ``(B, C, *S)`` → ``(B, C, *ceil(S / stride))``.
+    Shapes: ``(B, C, *S)`` → ``(B, out_channels, *ceil(S / stride))``.
 
     Raises:
-        ValueError: an even kernel, or a branch that spans more than the main kernel.
+        ValueError: an even kernel, a branch that spans more than the main kernel, or ``out_channels`` that are no
+            multiple of the groups.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class ReparamConv(nn.Module):
         ndim: int = 2,
         *,
         groups: int | None = None,
+        out_channels: int | None = None,
         deploy: bool = False,
     ) -> None:
         super().__init__()
@@ -128,6 +131,9 @@ class ReparamConv(nn.Module):
                 )
         self.channels, self.stride, self.ndim = channels, stride, ndim
         self.groups = channels if groups is None else groups
+        self.out_channels = channels if out_channels is None else out_channels
+        if self.out_channels < 1 or self.out_channels % self.groups:
+            raise ValueError(f"{self.out_channels} output channels: they must be a multiple of {self.groups} groups.")
         self.dilations = tuple(dilation for _, dilation in branches)
         if deploy:
             self.conv: Any = self._conv(kernel, 1, bias=True)
@@ -142,7 +148,7 @@ class ReparamConv(nn.Module):
         return self.conv is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, *S)`` → ``(B, C, *ceil(S / stride))``."""
+        """``(B, C, *S)`` → ``(B, out_channels, *ceil(S / stride))``."""
         if self.conv is not None:
             return self.conv(x)
         y = self.main(x)
@@ -152,7 +158,7 @@ class ReparamConv(nn.Module):
 
     @torch.no_grad()
     def equivalent(self) -> tuple[Tensor, Tensor]:
-        """Kernel ``(C, C / groups, *K)`` and bias ``(C,)`` of the one convolution equal to this in eval mode."""
+        """Kernel ``(out, C / groups, *K)`` and bias ``(out,)`` of the one convolution equal to this in eval mode."""
         if self.conv is not None:
             return self.conv.weight.detach(), self.conv.bias.detach()
         weight, bias = _fused(self.main.conv, self.main.norm)
@@ -184,14 +190,14 @@ class ReparamConv(nn.Module):
 
     def _branch(self, taps: Kernel, dilation: int) -> nn.Sequential:
         conv = self._conv(taps, dilation, bias=False)
-        return nn.Sequential(OrderedDict(conv=conv, norm=_NORMS[self.ndim](self.channels)))
+        return nn.Sequential(OrderedDict(conv=conv, norm=_NORMS[self.ndim](self.out_channels)))
 
     def _conv(self, taps: Kernel, dilation: int, bias: bool) -> Any:
-        if self.ndim == 2 and self.groups == self.channels:
+        if self.ndim == 2 and self.groups == self.channels == self.out_channels:
             return DepthwiseConv(self.channels, taps, stride=self.stride, dilation=dilation, bias=bias)  # type: ignore[arg-type]
         padding = tuple(dilation * (k // 2) for k in _sides(taps, self.ndim))
         return _CONVS[self.ndim](
-            self.channels, self.channels, taps, self.stride, padding, dilation, self.groups, bias
+            self.channels, self.out_channels, taps, self.stride, padding, dilation, self.groups, bias
         )  # fmt: skip
 
 
