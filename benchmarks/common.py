@@ -9,12 +9,8 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +20,7 @@ from typing import Any
 import torch
 
 from isthmus.codec import write_atomically
+from isthmus.report.environment import environment
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 
@@ -75,35 +72,25 @@ def peak_memory(run: Callable[[], Any]) -> int:
 
 def record(name: str, rows: Any, **facts: Any) -> Path:
     """Write ``results/benchmarks/<name>.json``: the rows, and everything needed to judge them."""
-    document = {"name": name, **facts, "rows": rows, "when": _now(), **machine()}
+    document = {
+        "name": name,
+        **facts,
+        "rows": rows,
+        "when": _now(),
+        "threads": torch.get_num_threads(),
+        **environment(),
+    }
     path = RESULTS / f"{name}.json"
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     return path
-
-
-def machine() -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    return {
-        "hardware": {
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in ("torch", "timm")},
-        },
-        "commit": _commit(),
-    }
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Rows as aligned text for the terminal."""
     heads = list(next(iter(rows.values())))
     width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{head:>14}" for head in heads)]
-    lines += [f"{name:<{width}}" + "".join(f"{row[head]:>14.4g}" for head in heads) for name, row in rows.items()]
+    lines = [" " * width + "".join(f"{head:>17}" for head in heads)]
+    lines += [f"{name:<{width}}" + "".join(f"{row[head]:>17.4g}" for head in heads) for name, row in rows.items()]
     return "\n".join(lines)
 
 
@@ -117,27 +104,6 @@ def _status(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    try:
-        got = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return got.stdout.strip()
 
 
 def _now() -> str:

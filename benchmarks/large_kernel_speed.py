@@ -12,18 +12,17 @@ weights and the same numbers coming out, and timm's ConvNeXt-T and ResNet-50 for
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+import copy
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
-from benchmarks.common import compare, record, table
+from benchmarks.transcription import Case, Settings, familiar, run, warmed
 from isthmus.encoders.unireplknet import BRANCHES, convert_official, default_kernels
 from isthmus.layers.large_kernel import DepthwiseConv
 
@@ -127,142 +126,35 @@ class PlainUniRepLKNet(nn.Module):
         return self.head(self.norm(x.mean((2, 3))))
 
 
-def warmed(model: nn.Module) -> nn.Module:
-    """Random weights of ordinary size everywhere, batch statistics included."""
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            low, high = (0.5, 1.5) if name.endswith("running_var") or tensor.ndim == 1 else (-0.05, 0.05)
-            tensor.uniform_(low, high, generator=generator)
-    return model
-
-
-def agree(name: str, a: Tensor, b: Tensor, bound: float) -> float:
-    """Largest difference over the largest magnitude, which must be small."""
-    gap = float((a - b).detach().abs().max() / b.detach().abs().max())
-    if gap > bound:
-        raise SystemExit(f"{name}: the outputs differ by {gap:.1e}, more than {bound:.0e}")
-    return gap
-
-
-def step(model: nn.Module, x: Tensor, label: Tensor) -> Callable[[], Any]:
-    """One training step without the optimiser, which is the same for all."""
-
-    def run() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(x), label)
-        loss.backward()
-        return loss.detach()
-
-    return run
-
-
-def forward(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """A forward pass without a graph."""
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
-
-
-def time_convolutions(batch: int, rounds: int) -> dict[str, Any]:
-    """Seconds of forward pass and of forward and backward pass, for every map, kernel and way."""
-    found = {}
+def convolutions(batch: int, settings: Settings) -> Iterator[Case]:
+    """Every map, kernel and way."""
     for channels, side in STAGES:
         for kernel, dilation in KERNELS:
-            x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0))
-            last = x.contiguous(memory_format=torch.channels_last)
-            module = DepthwiseConv(channels, kernel, "direct", dilation=dilation, bias=False)
-            cases: dict[str, tuple[DepthwiseConv, Tensor]] = {}
-            ways = [("conv2d", "direct", x), ("conv2d, channels last", "direct", last)]
-            ways += [("ours", "auto", x), ("ours, channels last", "auto", last)]
-            if dilation == 1:
-                ways.append(("fft", "fft", x))
-            want = module(x)
-            for name, backend, given in ways:
-                conv = DepthwiseConv(channels, kernel, backend, dilation=dilation, bias=False)
-                conv.load_state_dict(module.state_dict())
-                agree(name, conv(given), want, 1e-4)
-                cases[name] = (conv, given)
-            passes = {}
-            runs = {name: forward(conv, given) for name, (conv, given) in cases.items()}
-            passes["forward"] = compare(runs, rounds=rounds, memory=False)
-
-            def both(conv: DepthwiseConv, given: Tensor) -> Callable[[], Any]:
-                given = given.detach().requires_grad_()
-                sent = torch.ones_like(given)
-
-                def run() -> None:
-                    given.grad = conv.weight.grad = None
-                    conv(given).backward(sent)
-
-                return run
-
-            runs = {name: both(conv, given) for name, (conv, given) in cases.items()}
-            passes["forward and backward"] = compare(runs, rounds=rounds, memory=False)
-            title = f"{channels} x {side} x {side}, kernel {kernel}, dilation {dilation}, batch {batch}"
-            found[title] = passes
-            for kind, rows in passes.items():
-                plain = min(rows["conv2d"]["seconds"], rows["conv2d, channels last"]["seconds"])
-                ours = min(rows["ours"]["seconds"], rows["ours, channels last"]["seconds"])
-                print(
-                    f"{title:<52}{kind:<22}conv2d {plain * 1e3:9.2f} ms   ours {ours * 1e3:9.2f} ms   "
-                    f"x{plain / ours:.1f}"
-                )
-    return found
+            x = torch.randn(batch, channels, side, side, device=settings.device)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                given = x.contiguous(memory_format=layout).requires_grad_()
+                ways: dict[str, Any] = {"conv2d": "direct", "ours": "auto"} | ({"fft": "fft"} if dilation == 1 else {})
+                modules = {
+                    name: DepthwiseConv(channels, kernel, backend, dilation=dilation, bias=False)
+                    for name, backend in ways.items()
+                }
+                for module in modules.values():
+                    module.load_state_dict(modules["conv2d"].state_dict())
+                last = ", channels last" if layout == torch.channels_last else ""
+                yield Case(f"{channels}x{side}x{side}, kernel {kernel}, dilation {dilation}{last}", modules, given)
 
 
-def time_networks(batch: int, rounds: int, size: int) -> dict[str, Any]:
-    """Seconds and memory of UniRepLKNet-T, ours and plain, and of two well-known networks."""
-    torch.manual_seed(0)
-    x = torch.randn(batch, 3, size, size)
-    label = torch.arange(batch) % 1000
+def networks(batch: int, settings: Settings) -> Iterator[Case]:
+    """UniRepLKNet-T."""
     plain = warmed(PlainUniRepLKNet()).eval()
-    ours = timm.create_model("unireplknet_t").eval()
+    ours, merged = timm.create_model("unireplknet_t").eval(), timm.create_model("unireplknet_t", deploy=True).eval()
     ours.load_state_dict(convert_official(plain.state_dict()))
-    merged = timm.create_model("unireplknet_t", deploy=True).eval()
-    copy = timm.create_model("unireplknet_t").eval()
-    copy.load_state_dict(ours.state_dict())
-    copy.reparameterize()
-    merged.load_state_dict(copy.state_dict())
-    with torch.no_grad():
-        want = plain(x)
-        gaps = {"training form": agree("ours", ours(x), want, 1e-4), "merged": agree("merged", merged(x), want, 1e-4)}
-    others = {"ConvNeXt-T (timm)": "convnext_tiny", "ResNet-50 (timm)": "resnet50"}
-    nets = {"plain": plain, "ours": ours, "ours, merged": merged}
-    nets |= {title: timm.create_model(name).eval() for title, name in others.items()}
-    inference = compare({name: forward(net, x) for name, net in nets.items()}, rounds=rounds)
-    del nets["ours, merged"]
-    training = compare({name: step(net.train(), x, label) for name, net in nets.items()}, rounds=rounds)
-    for title, rows in (("forward", inference), ("training step", training)):
-        for row in rows.values():
-            row["images_a_second"] = batch / row["seconds"]
-        print(f"\n{title}, batch {batch}, {size} px\n{table(rows)}")
-    return {"forward": inference, "training step": training, "largest relative difference to plain": gaps}
-
-
-def main() -> None:
-    """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", choices=("convolutions", "networks"))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows: dict[str, Any] = {}
-    for batch in options.batches:
-        if options.only != "networks":
-            rows.setdefault("convolutions", {}).update(time_convolutions(batch, options.rounds))
-        if options.only != "convolutions":
-            rows.setdefault("networks", {})[f"batch {batch}"] = time_networks(batch, options.rounds, options.size)
-    if not options.no_record:
-        print(record("large_kernel_speed", rows, size=options.size, rounds=options.rounds))
+    deployed: Any = copy.deepcopy(ours)
+    deployed.reparameterize()
+    merged.load_state_dict(deployed.state_dict())
+    same = {"plain": plain, "ours": ours, "ours, merged": merged}
+    yield Case("unireplknet_t", same, settings.images(batch), familiar(), forward_only=("ours, merged",))
 
 
 if __name__ == "__main__":
-    main()
+    run("large_kernel_speed", __doc__, {"convolutions": convolutions, "networks": networks})

@@ -6,11 +6,9 @@ that the same numbers come out, beside timm's ConvNeXt-T and ResNet-50; and aggr
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
-from benchmarks.common import compare, record, table
+from benchmarks.transcription import Case, Settings, familiar, run, warmed
 from isthmus.encoders.transnext import AggregatedAttention, Grid, TransNeXt
 from isthmus.layers.neighbourhood import visible_neighbours
 
@@ -180,121 +178,40 @@ class PlainTransNeXt(nn.Module):
         return self.head["fc"](x.mean((2, 3)))
 
 
-def warmed(model: nn.Module) -> nn.Module:
-    """Random parameters of ordinary size everywhere."""
-    generator = torch.Generator().manual_seed(0)
-    for tensor in model.state_dict().values():
-        low, high = (-0.1, 0.1) if tensor.ndim > 1 else (0.5, 1.5)
-        tensor.uniform_(low, high, generator=generator)
-    return model
+class OnTokens(nn.Module):
+    """A plain layer for maps ``(B, H, W, C)``."""
+
+    def __init__(self, layer: PlainAggregated) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.layer(x.flatten(1, 2), *grid.size).view(x.shape)
 
 
-def agree(a: Tensor, b: Tensor, bound: float = 1e-4) -> float:
-    """Largest difference over the largest magnitude, which must be small."""
-    gap = float((a - b).detach().abs().max() / b.detach().abs().max())
-    if gap > bound:
-        raise SystemExit(f"the outputs differ by {gap:.1e}, more than {bound:.0e}")
-    return gap
-
-
-def forward(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Any]:
-    """A forward pass without a graph."""
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
-
-
-def step(model: nn.Module, x: Tensor, label: Tensor) -> Callable[[], Any]:
-    """One training step without the optimiser, which is the same for all."""
-
-    def run() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(x), label)
-        loss.backward()
-        return loss.detach()
-
-    return run
-
-
-def time_attention(batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def attention(batch: int, settings: Settings) -> Iterator[Case]:
     """Aggregated attention of the first three stages of TransNeXt-T at 224 pixels, alone."""
-    found = {}
     for dim, heads, side, ratio in ((72, 3, 56, 8), (144, 6, 28, 4), (288, 12, 14, 2)):
-        plain = warmed(PlainAggregated(dim, heads, ratio, side)).to(device)
-        ours = AggregatedAttention(dim, heads).to(device)
+        plain = PlainAggregated(dim, heads, ratio, side)
+        warmed(plain)
+        ours = AggregatedAttention(dim, heads)
         ours.load_state_dict(plain.state_dict())
         size, keys = (side, side), (side // ratio, side // ratio)
-        grid = Grid(size, keys, size, keys, size, visible_neighbours(side, side, 3, device))
-        x = torch.randn(batch, side, side, dim, device=device, requires_grad=True)
-
-        def as_tokens(plain: PlainAggregated = plain, x: Tensor = x, side: int = side) -> Tensor:
-            return plain(x.flatten(1, 2), side, side).view(x.shape)
-
-        def as_map(ours: AggregatedAttention = ours, x: Tensor = x, grid: Grid = grid) -> Tensor:
-            return ours(x, grid)
-
-        gap = agree(as_map(), as_tokens())
-        passes: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "forward and backward": {}}
-        for name, run in (("plain", as_tokens), ("ours", as_map)):
-            passes["forward"][name] = forward(lambda _, run=run: run(), x)
-            passes["forward and backward"][name] = lambda run=run: run().sum().backward()
-        title = f"{side} x {side}, {dim} channels, batch {batch}"
-        found[title] = {"largest relative difference": gap}
-        for kind, cases in passes.items():
-            rows = found[title][kind] = compare(cases, rounds=rounds)
-            print(f"\n{title}, {kind}\n{table(rows)}")
-    return found
+        grid = Grid(size, keys, size, keys, size, visible_neighbours(side, side, 3, settings.device))
+        x = torch.randn(batch, side, side, dim, device=settings.device, requires_grad=True)
+        yield Case(f"{side}x{side}, {dim} channels", {"plain": OnTokens(plain), "ours": ours}, (x, grid))
 
 
-def time_networks(batch: int, rounds: int, size: int, name: str, device: torch.device) -> dict[str, Any]:
-    """Seconds and memory of a published size, ours and plain, and of two well-known networks."""
-    torch.manual_seed(0)
-    x, label = torch.randn(batch, 3, size, size, device=device), torch.arange(batch, device=device) % 1000
-    ours = warmed(timm.create_model(name)).to(device).eval()
+def networks(batch: int, settings: Settings) -> Iterator[Case]:
+    """TransNeXt-T."""
+    ours = timm.create_model("transnext_tiny")
     assert isinstance(ours, TransNeXt)
+    warmed(ours)
     dims, depths = [level["num_chs"] for level in ours.feature_info], [len(stage.blocks) for stage in ours.stages]
-    plain = PlainTransNeXt(ours, dims, depths, [dim // 24 for dim in dims]).to(device).eval()
+    plain = PlainTransNeXt(ours, dims, depths, [dim // 24 for dim in dims])
     plain.load_state_dict(ours.state_dict())
-    with torch.no_grad():
-        gap = agree(ours(x), plain(x))
-    others = {"ConvNeXt-T (timm)": "convnext_tiny", "ResNet-50 (timm)": "resnet50"}
-    nets: dict[str, nn.Module] = {"plain": plain, "ours": ours}
-    nets |= {title: timm.create_model(other).to(device).eval() for title, other in others.items()}
-    inference = compare({title: forward(net, x) for title, net in nets.items()}, rounds=rounds)
-    training = compare({title: step(net.train(), x, label) for title, net in nets.items()}, rounds=rounds)
-    for title, rows in (("forward", inference), ("training step", training)):
-        for row in rows.values():
-            row["images_a_second"] = batch / row["seconds"]
-        print(f"\n{name}, {title}, batch {batch}, {size} px\n{table(rows)}")
-    return {"forward": inference, "training step": training, "largest relative difference": gap}
-
-
-def main() -> None:
-    """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", choices=("attention", "networks"))
-    parser.add_argument("--name", default="transnext_tiny")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows: dict[str, Any] = {}
-    for batch in options.batches:
-        if options.only != "networks":
-            rows.setdefault("attention", {}).update(time_attention(batch, options.rounds, device))
-        if options.only != "attention":
-            measured = time_networks(batch, options.rounds, options.size, options.name, device)
-            rows.setdefault("networks", {})[f"{options.name}, batch {batch}"] = measured
-    if not options.no_record:
-        print(record("transnext_speed", rows, size=options.size, rounds=options.rounds))
+    yield Case("transnext_tiny", {"plain": plain, "ours": ours}, settings.images(batch), familiar())
 
 
 if __name__ == "__main__":
-    main()
+    run("transnext_speed", __doc__, {"attention": attention, "networks": networks})
