@@ -7,6 +7,7 @@ from isthmus.encoders import alexnet as alexnet
 from isthmus.encoders import convit as convit
 from isthmus.encoders import hornet as hornet
 from isthmus.encoders import inceptionnext as inceptionnext
+from isthmus.encoders import metamixer as metamixer
 from isthmus.encoders import nin as nin
 from isthmus.encoders import replknet as replknet
 from isthmus.encoders import resnet_cifar as resnet_cifar
