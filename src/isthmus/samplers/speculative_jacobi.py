@@ -97,7 +97,7 @@ class SpeculativeJacobi:
             raise ValueError(f"{self.start} needs to know the width of the image: give Sampling(raster=Raster(…)).")
         feed = Feed(model, prompt, mask, guidance)
         logits = feed.first()
-        state = _State(self, scores, prompt, length, logits.shape[-1], generator)
+        state = _State(self, scores, prompt, length, logits.shape[-1], pad, generator)
         begin = prompt.shape[1]
         before, advances = state.known, []
         state.begin(logits)
@@ -105,6 +105,7 @@ class SpeculativeJacobi:
         while True:
             if stop is not None:
                 state.known, ended = stop(state.sequence, before, state.known)
+                state.wipe(ended)
                 done = done | ended
             advances.append(state.known - before)
             done = done | (state.known >= state.end)
@@ -112,12 +113,9 @@ class SpeculativeJacobi:
                 break
             before = state.known
             behind = int(before[~done].min())
-            logits = feed(state.inputs(self._width(behind - begin, state.end - behind)))
-            added = state.judge(logits, ~done)
-            feed.keep(added)
-        place = torch.arange(state.end, device=prompt.device)
-        tokens = state.sequence[:, : state.end].masked_fill(place >= state.known[:, None], pad)
-        return Decoded(tokens[:, begin:], state.known - begin, len(advances), advances)
+            logits = feed(state.inputs(self._width(behind - begin, state.end - behind), ~done))
+            feed.keep(state.judge(logits))
+        return Decoded(state.sequence[:, begin : state.end], state.known - begin, len(advances), advances)
 
     def _width(self, generated: int, remaining: int) -> int:
         """Inputs of the next pass, from the row that is furthest behind."""
@@ -155,13 +153,16 @@ class _State:
         prompt: Tensor,
         length: int,
         vocabulary: int,
+        pad: int,
         generator: torch.Generator | None,
     ) -> None:
-        self.settings, self.scores, self.generator = settings, scores, generator
+        self.settings, self.scores, self.pad, self.generator = settings, scores, pad, generator
         self.prompt, self.end, self.vocabulary = prompt.shape[1], prompt.shape[1] + length, vocabulary
-        self.sequence = F.pad(prompt, (0, length + settings.window))
+        self.sequence = F.pad(prompt, (0, length + settings.window), value=pad)
         self.best = torch.zeros_like(self.sequence) if settings.start.startswith("sample") else None
         self.known = torch.full_like(prompt[:, 0], self.prompt)
+        self.running = torch.ones_like(self.known, dtype=torch.bool)
+        self.width = 1
         self.pending = torch.zeros_like(self.known)
         self.rows: Tensor | None = None
         self.ids: Tensor | None = None
@@ -177,16 +178,22 @@ class _State:
             shape = (len(token), self.settings.window - 1, self.vocabulary)
             self.rows = torch.zeros(shape, dtype=row.dtype, device=row.device)
 
-    def inputs(self, width: int) -> Tensor:
+    def inputs(self, width: int, running: Tensor) -> Tensor:
         """``(B, width)``: the last accepted token and guesses behind it, those that are missing made now."""
-        self.width = width
-        if width > 1 and int(self.pending.min()) < width - 1:
+        self.width, self.running = width, running
+        if width > 1:
             self._fill(width - 1)
         return self.sequence.gather(1, self._places(width) - 1)
 
-    def judge(self, logits: Tensor, running: Tensor) -> Tensor:
+    def wipe(self, ended: Tensor) -> None:
+        """Nothing stays behind the last token of rows that have ended."""
+        if bool(ended.any()):
+            place = torch.arange(self.sequence.shape[1], device=ended.device)
+            self.sequence.masked_fill_(ended[:, None] & (place >= self.known[:, None]), self.pad)
+
+    def judge(self, logits: Tensor) -> Tensor:
         """Accept what stays, add the token after it and draw new guesses; returns ``(B,)`` how many tokens came."""
-        width, settings = self.width, self.settings
+        width, settings, running = self.width, self.settings, self.running
         place = self._places(width)
         scores = self._scores(logits, place)
         old = self.sequence.gather(1, place)
@@ -236,7 +243,7 @@ class _State:
         if raster is not None:
             forced = raster.forced(place - self.prompt + raster.begun)
             tokens = torch.where(forced >= 0, forced, tokens)
-        fresh = torch.arange(count, device=place.device) >= self.pending[:, None]
+        fresh = (torch.arange(count, device=place.device) >= self.pending[:, None]) & self.running[:, None]
         self.sequence.scatter_(1, place, torch.where(fresh, tokens, self.sequence.gather(1, place)))
         if self.rows is not None and self.settings.scheme == "speculative":
             rows = self.rows[:, :count]

@@ -1,0 +1,102 @@
+"""Models of the transformers library as :class:`~isthmus.samplers.LogitModel`.
+
+``CausalModel(model)`` serves every causal language model (Llama, GPT-2, Emu3, …). Two families keep image tokens apart:
+``ChameleonImages`` (also Anole) and ``JanusImages``. ::
+
+    model = CausalModel(Emu3ForConditionalGeneration.from_pretrained("BAAI/Emu3-Gen-hf"))
+    SpeculativeJacobi(window=16).sample(model, prompt, 90 * 91, Sampling(top_k=2048, raster=raster), guidance=guidance)
+
+Nothing here imports transformers: the models come with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from isthmus.samplers.feed import Guidance
+
+
+class CausalModel:
+    """Any transformers model whose ``forward`` takes ids and a cache and returns logits.
+
+    Args:
+        model: the model, in evaluation mode.
+        first: more arguments for the first call only, such as ``pixel_values`` of pictures in the prompt.
+
+    Raises:
+        ValueError: the model has no cache of keys and values.
+    """
+
+    def __init__(self, model: Any, **first: Any) -> None:
+        self.model, self.first = model, first
+        self.forward = _Remembering(model)
+
+    def __call__(self, inputs: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Any]:
+        """Ids ``(B, L)`` or vectors ``(B, L, D)`` to logits ``(B, L, V)`` and the cache."""
+        out, cache = self.forward(inputs, cache, positions, mask, **(self.first if cache is None else {}))
+        return out.logits, cache
+
+
+class ChameleonImages:
+    """Chameleon and Anole with their image tokens, which ``ChameleonForConditionalGeneration.forward`` rules out.
+
+    ``image_tokens`` are the ids for a raster: ``Raster(32, 32, tokens=model.image_tokens)``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.forward = _Remembering(model.model)
+        self.image_tokens: list[int] = sorted(int(token) for token in model.model.vocabulary_mapping.image_tokens)
+
+    def __call__(self, inputs: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Any]:
+        """Ids ``(B, L)`` to logits ``(B, L, V)`` of text and image tokens, and the cache."""
+        out, cache = self.forward(inputs, cache, positions, mask)
+        return self.model.lm_head(out.last_hidden_state), cache
+
+
+class JanusImages:
+    """Janus' image tokens: the prompt is text, all that follows has the vocabulary, embedding and head of images."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.forward = _Remembering(model.model.language_model)
+        self.length = int(model.model.vision_model.config.num_image_tokens)
+
+    def __call__(self, inputs: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Any]:
+        """Ids ``(B, L)``, of text without a cache and of image tokens with one, to logits ``(B, L, V)`` of images."""
+        embed = (
+            self.model.get_input_embeddings() if cache is None else self.model.prepare_embeddings_for_image_generation
+        )
+        out, cache = self.forward(embed(inputs), cache, positions, mask)
+        return self.model.model.generation_head(out.last_hidden_state), cache
+
+    def guidance(self, prompt: Tensor, scale: float, bos: int, begin_of_image: int, pad: int) -> Guidance:
+        """Guidance as Janus was trained for: every token of the prompt but these two becomes padding that is seen."""
+        keep = (prompt == bos) | (prompt == begin_of_image)
+        return Guidance(scale, prompt.masked_fill(~keep, pad))
+
+
+class _Remembering:
+    """Calls a transformers module with its cache, whose argument newer versions call ``cache``."""
+
+    def __init__(self, module: Any) -> None:
+        names = inspect.signature(module.forward).parameters
+        memory = [name for name in ("cache", "past_key_values") if name in names]
+        if not memory:
+            raise ValueError(f"{type(module).__name__} remembers no keys and values; wrap it in WholeSequence instead.")
+        self.module: Callable[..., Any] = module
+        self.memory = memory[0]
+        self.places = "position_ids" in names
+
+    def __call__(
+        self, inputs: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None, **more: Any
+    ) -> tuple[Any, Any]:
+        given = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs, self.memory: cache, **more}
+        if self.places:
+            given["position_ids"] = positions
+        out = self.module(**given, attention_mask=None if mask is None else mask.long(), use_cache=True)
+        return out, getattr(out, self.memory)
