@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
-from isthmus.data.augment import RandomErase, TrivialAugment
+from isthmus.data.augment import RandAugment, RandomErase, TrivialAugment
+from isthmus.data.transforms import Transform
 from isthmus.layers.random import ShardedGenerator
 
 
@@ -13,8 +17,8 @@ def _images(count: int = 8) -> torch.Tensor:
     return torch.rand(count, 3, 32, 24, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("transform", [TrivialAugment(), RandomErase(share=0.7)])
-def test_two_processes_see_what_one_sees(transform: TrivialAugment | RandomErase) -> None:
+@pytest.mark.parametrize("transform", [TrivialAugment(), RandAugment(), RandomErase(share=0.7)])
+def test_two_processes_see_what_one_sees(transform: Transform) -> None:
     image = _images()
     whole = transform({"image": image}, ShardedGenerator(3, "batch"))["image"]
     halves = [
@@ -25,16 +29,40 @@ def test_two_processes_see_what_one_sees(transform: TrivialAugment | RandomErase
     assert not torch.equal(whole, transform({"image": image}, ShardedGenerator(4, "batch"))["image"])
 
 
-def test_trivial_augment_leaves_the_global_generator_alone_and_keeps_the_dtype() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
+@pytest.mark.parametrize("transform", [TrivialAugment(), RandAugment()])
+def test_global_generators_are_left_alone_and_the_dtype_stays(transform: Transform) -> None:
+    def draws() -> list[float]:
+        return [float(torch.rand(1)), random.random(), float(np.random.rand())]  # noqa: NPY002
+
+    def seed() -> None:
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)  # noqa: NPY002
+
+    seed()
+    expected = draws()
+    seed()
     for image in (_images(), (_images() * 255).byte()):
-        out = TrivialAugment()({"image": image, "label": torch.arange(8)}, torch.Generator().manual_seed(1))
+        out = transform({"image": image, "label": torch.arange(8)}, torch.Generator().manual_seed(1))
         assert out["image"].dtype == image.dtype
         assert out["image"].shape == image.shape
         assert not torch.equal(out["image"], image)
-    assert torch.equal(torch.rand(3), expected)
+    assert draws() == expected
+
+
+def test_rand_augment_is_timms_with_its_strength_and_fill() -> None:
+    """Stronger policies move further; what nothing moves to has the mean colour; unknown policies are told."""
+    image = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    change = []
+    for policy in ("rand-m1-inc1", "rand-m10-inc1"):
+        out = RandAugment(policy)({"image": image}, torch.Generator().manual_seed(0))["image"]
+        change.append(float((out - image).abs().mean()))
+    assert change[0] < 0.7 * change[1]
+    shifted = RandAugment("rand-m10-n1-t1", mean=(1.0, 0.0, 0.0))({"image": 0.5 + 0 * image}, torch.Generator())
+    filled = (shifted["image"] == torch.tensor([1.0, 0.0, 0.0])[:, None, None]).all(1)
+    assert 0 < float(filled.float().mean()) < 0.3
+    with pytest.raises(ValueError, match="policy 'rand-x9' is none of timm's RandAugment"):
+        RandAugment("rand-x9")
 
 
 def test_erased_rectangles_cover_the_share_and_the_area_asked_for() -> None:

@@ -7,12 +7,14 @@ have.
 
 from isthmus.data.dataset import COLUMNS, Dataset, Memory, Subset, collate
 from isthmus.data.loading import batches, evaluation_batches, steps_per_epoch
+from isthmus.data.repeated import Repeated
 from isthmus.data.sources import Source, load, sources
 
 __all__ = [
     "COLUMNS",
     "Dataset",
     "Memory",
+    "Repeated",
     "Source",
     "Subset",
     "batches",

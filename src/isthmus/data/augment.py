@@ -1,14 +1,20 @@
-"""Strong augmentation for supervised training: TrivialAugment and random erasing."""
+"""Strong augmentation for supervised training: TrivialAugment, RandAugment and random erasing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Resampling
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import TrivialAugmentWide
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from isthmus.data.transforms import Transform
 from isthmus.layers.random import rows
@@ -23,16 +29,50 @@ class TrivialAugment(Transform):
 
     def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """``image`` ``(B, 3, H, W)``, uint8 or floats in [0, 1]; its dtype stays."""
-        image = batch["image"]
-        seeds = rows(lambda n: torch.randint(2**62, (n,), generator=generator), len(image), generator)
-        augment, bytes_ = TrivialAugmentWide(), _as_bytes(image)
-        changed = []
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            for picture, seed in zip(bytes_, seeds.tolist(), strict=True):
-                torch.manual_seed(seed)
-                changed.append(augment(picture))
-        out = torch.stack(changed)
-        return {**batch, "image": out if image.dtype == torch.uint8 else (out / 255).to(image.dtype)}
+        return _one_by_one(batch, generator, TrivialAugmentWide())
+
+
+@dataclass
+class RandAugment(Transform):
+    """Random operations of one strength for every image (arXiv 1909.13719); timm's, and its names of policies.
+
+    Only ``image`` is changed, although some operations shear, turn or move it: for labels, not for masks or boxes.
+
+    Args:
+        policy: ``"rand-m9-mstd0.5-inc1"`` is two operations of strength 9 of 10, give or take a normal deviate of 0.5,
+            stronger for larger numbers; what DeiT and its successors train with.
+        mean: colour of the places that nothing moves to, in [0, 1].
+
+    Raises:
+        ValueError: timm knows no such policy.
+    """
+
+    policy: str = "rand-m9-mstd0.5-inc1"
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+
+    def __post_init__(self) -> None:
+        try:
+            self._augment(32)
+        except (AssertionError, AttributeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f'policy {self.policy!r} is none of timm\'s RandAugment; "rand-m9-mstd0.5-inc1" is one.'
+            ) from error
+
+    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """``image`` ``(B, 3, H, W)``, uint8 or floats in [0, 1]; its dtype stays."""
+        augment = self._augment(min(batch["image"].shape[-2:]))
+        return _one_by_one(batch, generator, lambda image: pil_to_tensor(augment(to_pil_image(image))))
+
+    def _augment(self, side: int) -> Callable[[Any], Any]:
+        """timm's settings for training at ``side`` pixels: shifts of up to 45 percent, bicubic."""
+        return rand_augment_transform(
+            self.policy,
+            {
+                "translate_const": int(side * 0.45),
+                "img_mean": tuple(min(255, round(255 * value)) for value in self.mean),
+                "interpolation": Resampling.BICUBIC,
+            },
+        )
 
 
 @dataclass
@@ -76,6 +116,35 @@ class RandomErase(Transform):
         noise = rows(lambda n: torch.randn(n, channels, height, width, generator=generator), count, generator)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return {**batch, "image": torch.where(inside, (noise * std + mean).to(image), image)}
+
+
+def _one_by_one(
+    batch: Mapping[str, Any], generator: torch.Generator, augment: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """The batch with every image, uint8 ``(3, H, W)``, augmented by a library that draws from global generators."""
+    image = batch["image"]
+    seeds = rows(lambda n: torch.randint(2**62, (n,), generator=generator), len(image), generator)
+    changed = []
+    with _global_generators_kept():
+        for picture, seed in zip(_as_bytes(image), seeds.tolist(), strict=True):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002 - timm draws from the global generator
+            changed.append(augment(picture))
+    out = torch.stack(changed)
+    return {**batch, "image": out if image.dtype == torch.uint8 else (out / 255).to(image.dtype)}
+
+
+@contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    """Leave the global generators of torch, numpy and Python as they were."""
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _as_bytes(image: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from isthmus.codec import UserError
+from isthmus.data.hashing import permutation
 
 #: The keys that recipes may ask for; a source may have columns of its own besides.
 COLUMNS = ("image", "label", "mask", "boxes", "labels", "caption", "audio", "signal", "tokens", "subject")
@@ -83,6 +84,10 @@ class Dataset(ABC):
     def number(self, index: int) -> int:
         """The number in the source of sample ``index``; they differ in a subset."""
         return index
+
+    def order(self, seed: int) -> np.ndarray:
+        """The numbers of the samples that an epoch of training visits, ``(len,)``; ``seed`` is the epoch's."""
+        return permutation(len(self), seed)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):

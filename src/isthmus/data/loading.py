@@ -11,7 +11,6 @@ from torch.utils.data import Dataset as TorchDataset
 
 from isthmus.codec import UserError
 from isthmus.data.dataset import Dataset, collate
-from isthmus.data.hashing import permutation
 from isthmus.data.streams import Stream
 from isthmus.data.transforms import Transform, as_floats, divided
 from isthmus.data.workers import helped
@@ -128,7 +127,7 @@ class _Steps(TorchDataset):
     def __getitem__(self, step: int) -> dict[str, Any]:
         epoch, place = divmod(step, self.plan.steps)
         if self._order[0] != epoch:
-            self._order = epoch, permutation(len(self.dataset), derive_seed(self.plan.seed, "order", epoch))
+            self._order = epoch, self.dataset.order(derive_seed(self.plan.seed, "order", epoch))
         chosen = self._order[1][place * self.plan.batch_size : (place + 1) * self.plan.batch_size]
         share = self.plan.batch_size // self.plan.world
         mine = chosen[self.plan.rank * share : (self.plan.rank + 1) * share]

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, load_weights, save_weights
-from isthmus.data import Dataset, evaluation_batches
+from isthmus.data import Dataset, Repeated, evaluation_batches
+from isthmus.data.augment import RandAugment, RandomErase
 from isthmus.data.dataset import Unreadable
 from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.hashing import permutation
@@ -57,6 +58,16 @@ class Augmentation:
     """Strength of mixup."""
     cutmix: float = 0.0
     """Strength of CutMix."""
+    randaugment: str = ""
+    """Policy of RandAugment as timm names it, such as rand-m9-mstd0.5-inc1; none without it."""
+    erasing: float = 0.0
+    """Share of the images that get a rectangle of noise."""
+    repeats: int = 1
+    """Copies of an image in a batch, each changed on its own; an epoch then visits so many times fewer images."""
+
+
+#: What DeiT and those after it train with on ImageNet.
+DEIT = Augmentation(crop=0.08, flip=True, mixup=0.8, cutmix=1.0, randaugment="rand-m9-mstd0.5-inc1", erasing=0.25)
 
 
 def transforms(
@@ -86,6 +97,8 @@ def transforms(
     )
     train += [RandomCrop(size, asked.padding)] if asked.padding else []
     train += [Flip()] if asked.flip else []
+    train += [RandAugment(asked.randaugment, mean)] if asked.randaugment else []
+    train += [RandomErase(asked.erasing, mean=mean, std=std)] if asked.erasing else []
     train += [normalize]
     train += [Mixup(classes, asked.mixup, asked.cutmix, smoothing)] if asked.mixup or asked.cutmix else []
     return Compose(train), Compose([resize, CenterCrop(size), normalize])
@@ -140,8 +153,22 @@ def train(
     transform: Transform,
     smoothing: float = 0.0,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    repeats: int = 1,
 ) -> FitResult:
-    """Train a whole classifier; the result's ``objective`` is a :class:`Classification` in evaluation mode."""
+    """Train a whole classifier; the result's ``objective`` is a :class:`Classification` in evaluation mode.
+
+    Args:
+        run: folder, devices, seed.
+        phase: a name, once a run.
+        network: images to logits.
+        dataset: to train on.
+        training: how long, how fast, with which optimiser.
+        transform: of training images.
+        smoothing: ε of label smoothing, where labels are not mixed.
+        evaluate: see :func:`isthmus.engine.fit.fit`.
+        repeats: of :class:`Augmentation`.
+    """
+    dataset = Repeated(dataset, repeats) if repeats > 1 else dataset
     return fit(
         run, phase, Classification(network, smoothing=smoothing), dataset, training, transform, None, None, evaluate
     )

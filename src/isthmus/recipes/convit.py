@@ -11,7 +11,7 @@ training; and whether an untrained head looks at the offset that the initialisat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,7 @@ class Config:
 
     @classmethod
     def paper(cls) -> Config:
-        """ConViT-S and its twin on five shares of ImageNet-1k, as many updates for each as 300 epochs of all images.
-
-        RandAugment, random erasing and repeated augmentation of the published recipe are left out.
-        """
+        """ConViT-S and its twin on five shares of ImageNet-1k, as many updates for each as 300 epochs of all images."""
         return cls(
             data="hub:ILSVRC/imagenet-1k",
             images=(0.05, 0.1, 0.3, 0.5, 1.0),
@@ -99,7 +96,7 @@ class Config:
                 evaluate_every=10 * 1251,
                 workers=8,
             ),
-            augmentation=Augmentation(crop=0.08, flip=True, mixup=0.8, cutmix=1.0),
+            augmentation=replace(shared.DEIT, repeats=3),
             smoothing=0.1,
             mean=IMAGENET[0],
             std=IMAGENET[1],
@@ -130,7 +127,15 @@ def run(config: Config, run: Run) -> None:
             start = _looked(network, watched)
             told = f"{name.lower()}_{number:g}".replace(".", "_")
             result = shared.train(
-                run, told, network, chosen, config.training, augmented, config.smoothing, _Watch(run, watched)
+                run,
+                told,
+                network,
+                chosen,
+                config.training,
+                augmented,
+                config.smoothing,
+                _Watch(run, watched),
+                config.augmentation.repeats,
             )
             trained: Any = result.objective
             networks[name], watching[name] = trained.model, _over_training(start, result.curves)

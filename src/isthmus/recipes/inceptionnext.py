@@ -78,10 +78,7 @@ class Config:
 
     @classmethod
     def paper(cls) -> Config:
-        """InceptionNeXt-T on ImageNet-1k, and the same network with depthwise 7x7.
-
-        RandAugment and random erasing of the published recipe are left out.
-        """
+        """InceptionNeXt-T on ImageNet-1k, and the same network with depthwise 7x7."""
         return cls(
             data="hub:ILSVRC/imagenet-1k",
             mixers=("inception", "7x7"),
@@ -100,7 +97,7 @@ class Config:
                 final_lr_ratio=2.5e-3,
                 workers=8,
             ),
-            augmentation=Augmentation(crop=0.08, flip=True, mixup=0.8, cutmix=1.0),
+            augmentation=shared.DEIT,
             smoothing=0.1,
             test_images=0,
             eval_split="val",
@@ -127,7 +124,16 @@ def run(config: Config, run: Run) -> None:
     for name in config.mixers:
         run.seed_everything("network")
         network = _network(config, name, len(classes))
-        result: Any = shared.train(run, name, network, source, config.training, augmented, config.smoothing)
+        result: Any = shared.train(
+            run,
+            name,
+            network,
+            source,
+            config.training,
+            augmented,
+            config.smoothing,
+            repeats=config.augmentation.repeats,
+        )
         trained = result.objective.model
         kept = trained if kept is None else kept
         table = shared.confusion(run, trained, len(classes), held_out, plain)

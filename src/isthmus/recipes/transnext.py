@@ -72,7 +72,7 @@ class Config:
 
     @classmethod
     def paper(cls) -> Config:
-        """TransNeXt-T on ImageNet as published, but for RandAugment and erasing."""
+        """TransNeXt-T on ImageNet as published."""
         return cls(
             data="hub:ILSVRC/imagenet-1k",
             encoder="transnext_tiny",
@@ -84,7 +84,7 @@ class Config:
             fixed_scale=False,
             drop_path=0.25,
             smoothing=0.1,
-            augmentation=shared.Augmentation(crop=0.08, flip=True, mixup=0.8, cutmix=1.0),
+            augmentation=shared.DEIT,
             training=Training(
                 epochs=300,
                 batch_size=1024,
@@ -152,7 +152,16 @@ def run(config: Config, run: Run) -> None:
     found: dict[str, dict[int, float]] = {}
     for name, network in networks.items():
         augmented, _ = _transforms(config, config.size, len(classes))
-        shared.train(run, name, network, train_set, config.training, augmented, config.smoothing)
+        shared.train(
+            run,
+            name,
+            network,
+            train_set,
+            config.training,
+            augmented,
+            config.smoothing,
+            repeats=config.augmentation.repeats,
+        )
         found[name] = {}
         for size, dataset in held_out.items():
             table = shared.confusion(run, network, len(classes), dataset, _transforms(config, size)[1])
