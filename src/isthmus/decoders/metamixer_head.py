@@ -1,7 +1,7 @@
-"""The segmentation head of FFNet: three levels side by side, blocks of FFNified attention at stride 8 (arXiv 2406.02021).
+"""The segmentation head of FFNet: three levels side by side, FFNified attention at stride 8 (arXiv 2406.02021).
 
-The coarser maps are enlarged bicubically to the finest, squeezed to a small width, mixed by FFNet's blocks with 9x9 strip
-units and a GELU behind every residual, widened again and classified place by place::
+The coarser maps are enlarged bicubically to the finest, squeezed to a small width, mixed by FFNet's blocks with 9x9
+strip units and a GELU behind every residual, widened again and classified place by place::
 
     encoder = Backbone("metamixer_ffnet_seg", reductions=(8, 16, 32))
     head = MetaMixerHead([level.channels for level in encoder.feature_info], num_classes=150)
@@ -97,7 +97,7 @@ class MetaMixerHead(nn.Module):
             told = [level.shape[1] for level in features]
             raise ValueError(f"the levels have {told} channels; this head reads {list(self.in_channels)}.")
         size = features[0].shape[-2:]
-        # To the size of the finest and not by a factor, so that levels of images whose sides are no multiples of 32 fit.
+        # To the size of the finest and not by a factor, so that images fit whose sides are no multiples of 32.
         levels = [features[0], *(F.interpolate(level, size, mode="bicubic") for level in features[1:])]
         x = self.blocks(self.squeeze(torch.cat(levels, 1)))
         return self.classifier(self.drop(self.align(x)))

@@ -8,10 +8,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from isthmus.decoders import metamixer_head
+from isthmus.decoders import metamixer_head, metamixer_sr
 from isthmus.decoders.metamixer_head import MetaMixerHead
-from isthmus.encoders import metamixer
+from isthmus.decoders.metamixer_sr import MetaMixerSR
+from isthmus.encoders import metamixer, metamixer_forecaster
 from isthmus.encoders.metamixer import FFNet, FFNetSeg
+from isthmus.encoders.metamixer_forecaster import MetaMixerForecaster
+from isthmus.objectives.super_resolution import fft_loss
 from tests.parity.case import Case, UnknownCase
 
 
@@ -22,6 +25,8 @@ def outputs(case: Case) -> dict[str, Tensor]:
         return _pyramid(case)
     if case.object == "FastForwardNetwork + FFNetHead":
         return _segmentation(case)
+    if case.object == "FFNetSR, FFTLoss, FFNet (time series)":
+        return _enlarged(case) | _forecasts(case)
     raise UnknownCase(case.object)
 
 
@@ -35,6 +40,8 @@ def count(name: str, entry: dict[str, Any]) -> dict[str, int]:
             return {"params": _parameters(backbone) + _parameters(_head(config["head"]))}
         if name.startswith("ffnet_seg"):
             return {"params": _parameters(timm.create_model("metamixer_ffnet_seg"))}
+        if name.startswith("ffnet_sr"):
+            return {"params": _parameters(_enlarger(config))}
     model: Any = timm.create_model(f"metamixer_{name}")
     counted = {"params": _parameters(model)}
     for module in model.eval().modules():
@@ -121,3 +128,53 @@ def _segmentation(case: Case) -> dict[str, Tensor]:
     levels: Any = backbone.eval().forward_intermediates(case.inputs["x"], [1, 2, 3], intermediates_only=True)
     found = {f"stage{i}": level for i, level in enumerate(levels, start=2)}
     return found | {"seg_logits": head.eval()(levels)}
+
+
+def _part(case: Case, prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in case.params.items() if k.startswith(prefix)}
+
+
+def _enlarger(config: dict[str, Any]) -> MetaMixerSR:
+    norm = {None: None, "LN": "layer", "BN": "batch"}[config["norm"]]
+    return MetaMixerSR(config["scale"], config["dim"], config["depth"], config["expansion_ratio"], norm)
+
+
+@torch.no_grad()
+def _enlarged(case: Case) -> dict[str, Tensor]:
+    """Enlarged images, and the spectral loss of each with the weight 0.1 that the published class has by default."""
+    found = {}
+    for i, config in enumerate(case.config["sr"]):
+        model = _enlarger(config)
+        model.load_state_dict(metamixer_sr.convert_official(_part(case, f"sr{i}.")))
+        large = model.eval()([case.inputs[f"sr{i}.x"]])
+        found[f"sr{i}.y"] = large
+        found[f"sr{i}.fft_loss"] = 0.1 * fft_loss(large, case.inputs[f"sr{i}.target"])[None]
+    return found
+
+
+@torch.no_grad()
+def _forecasts(case: Case) -> dict[str, Tensor]:
+    found = {}
+    for i, config in enumerate(case.config["ts"]):
+        count = len(config["num_blocks"])
+        if config.get("use_multi_scale") or config["dims"][count - 1] != config["dims"][-1]:
+            raise UnknownCase(f"{case.object} with fusion of scales")
+        model = MetaMixerForecaster(
+            config["nvars"],
+            config["seq_len"],
+            config["target_window"],
+            individual=config.get("individual", False),
+            affine=config.get("affine", True),
+            subtract_last=config.get("subtract_last", False),
+            dims=config["dims"][:count],
+            depths=config["num_blocks"],
+            kernels=config["large_size"],
+            small_kernels=config["small_size"],
+            patch=config["patch_size"],
+            stride=config["patch_stride"],
+            downsample=config["downsample_ratio"],
+            ratio=config["ffn_ratio"],
+        )
+        model.load_state_dict(metamixer_forecaster.convert_official(_part(case, f"ts{i}.")))
+        found[f"ts{i}.y"] = model.eval()(case.inputs[f"ts{i}.x"])
+    return found
