@@ -48,21 +48,35 @@ def quantize_pmf(pmf: Tensor, precision: int = PRECISION) -> Tensor:
 
 
 def quantize_cdf(cdf: np.ndarray, precision: int = PRECISION) -> np.ndarray:
-    """Tables ``(…, K + 1)`` int64 from cumulative mass ``(…, K + 1)``: float64, not falling, of any scale.
-
-    A table depends on its own row only, so an encoder may leave out columns that it does not need.
-    """
+    """Tables ``(…, K + 1)`` int64 from cumulative mass ``(…, K + 1)``: float64, not falling, of any scale."""
     symbols = cdf.shape[-1] - 1
+    below, mass = cdf - cdf[..., :1], cdf[..., -1:] - cdf[..., :1]
+    return quantize_points(below, mass, np.arange(symbols + 1), symbols, precision)
+
+
+def quantize_points(
+    below: np.ndarray, mass: np.ndarray, place: np.ndarray, symbols: int, precision: int = PRECISION
+) -> np.ndarray:
+    """Single entries of tables: what :func:`quantize_cdf` gives at ``place``, for encoders that need no whole table.
+
+    Args:
+        below: mass of the symbols before ``place``; float64, broadcast against the others.
+        mass: of all symbols; where it is 0 the table is uniform.
+        place: entry of the table, 0 to ``symbols``.
+        symbols: K.
+        precision: bits of the table.
+
+    Raises:
+        ValueError: more symbols than ``2**precision``.
+    """
     total = _total(precision)
     if not 0 < symbols <= total:
         raise ValueError(f"a table of precision {precision} holds 1 to {total} symbols, got {symbols}.")
-    mass = cdf[..., -1:] - cdf[..., :1]
     empty = mass <= 0
-    share = (cdf - cdf[..., :1]) / np.where(empty, 1.0, mass)
-    steps = np.arange(symbols + 1)
+    share = below / np.where(empty, 1.0, mass) if empty.any() else below / mass
     if empty.any():
-        share = np.where(empty, steps / symbols, share)
-    return (share * (total - symbols)).astype(np.int64) + steps
+        share = np.where(empty, place / symbols, share)
+    return (share * (total - symbols)).astype(np.int64) + place
 
 
 def encode(symbols: Tensor | np.ndarray, tables: Tensor | np.ndarray) -> bytes:
