@@ -37,6 +37,9 @@ _SOURCES = {
         Source(
             "scenes", "isthmus.data.scenes", "size", "drawn scenes with factors, masks, boxes, captions and questions"
         ),
+        Source("textures", "isthmus.data.textures", "size", "oriented noise in eight classes, 98×98; textures:64"),
+        Source("fields", "isthmus.data.fields", "size", "noise fields with a target made of products of up to four"),
+        Source("brain", "isthmus.data.brain", "", "simulated people look at things under MEG; brain?subjects=1&trials=200"),
         Source("random", "isthmus.data.noise", "size", "noise of a given shape: random:224, random:1x28x28", True),
         Source(
             "folder",

@@ -137,7 +137,8 @@ def _cfg() -> PretrainedCfg:
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in _BLOCKS})
 
 
-def _checkpoint(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """timm's hook: published names become ours, ours stay."""
     return from_official(state) if any("linear.weight" in name for name in state) else state
 
 
@@ -145,7 +146,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
     features = {"feature_cls": "getter", "out_indices": (0, 1, 2)}
     arguments = {"blocks": _BLOCKS[variant], **kwargs}
     return build_model_with_cfg(
-        CifarResNet, variant, pretrained, pretrained_filter_fn=_checkpoint, feature_cfg=features, **arguments
+        CifarResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **arguments
     )
 
 

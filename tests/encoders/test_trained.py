@@ -1,0 +1,81 @@
+"""Weights that people have: levels, prefixes, published names, other sizes, files that are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import isthmus.encoders  # noqa: F401 - registers the CIFAR networks
+from isthmus.codec import UserError
+from isthmus.encoders.resnet_cifar import CifarResNet
+from isthmus.encoders.trained import trained
+from tests.conftest import shared_folder
+
+
+def _published(network: CifarResNet) -> dict[str, torch.Tensor]:
+    """The state dict under akamaster's names."""
+    names = {}
+    for key, tensor in network.state_dict().items():
+        if key.startswith("stages.conv1."):
+            key = {"0": "conv1", "1": "bn1"}[key.split(".")[2]] + "." + key.split(".")[3]
+        elif key.startswith("stages.conv"):
+            key = f"layer{int(key[11]) - 1}{key[12:]}"
+        else:
+            key = key.replace("head.classifier", "linear")
+        if not key.endswith("num_batches_tracked"):
+            names[key] = tensor.clone()
+    return names
+
+
+def test_published_names_levels_and_prefixes_load(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("cifar_resnet20", num_classes=7).eval()
+    images = torch.rand(2, 3, 32, 32)
+    published = _published(network)
+    save_file(published, tmp_path / "a.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in published.items()}}, tmp_path / "b.pth")
+    save_file(network.state_dict(), tmp_path / "c.safetensors")
+    for file in ("a.safetensors", "b.pth", "c.safetensors"):
+        loaded = trained("cifar_resnet20", tmp_path / file)
+        assert not loaded.training
+        assert torch.equal(loaded(images), network(images)), "seven classes are read off the file"
+
+
+def test_says_what_does_not_fit(tmp_path: Path) -> None:
+    save_file(timm.create_model("cifar_resnet20").state_dict(), tmp_path / "small.safetensors")
+    with pytest.raises(UserError, match=r"does not fit cifar_resnet32: it lacks"):
+        trained("cifar_resnet32", tmp_path / "small.safetensors")
+    with pytest.raises(UserError, match=r"head.classifier.weight of \(10, 64\), the model's is \(3, 64\)"):
+        trained("cifar_resnet20", tmp_path / "small.safetensors", num_classes=3)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        trained("cifar_resnet20", tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(UserError, match="read safely"):
+        trained("cifar_resnet20", tmp_path / "text.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="holds no network"):
+        trained("cifar_resnet20", tmp_path / "empty.pth")
+
+
+def test_sizes_and_published_weights() -> None:
+    counts = {"cifar_resnet20": 269_722, "cifar_resnet56": 853_018, "cifar_resnet110": 1_727_962}
+    for name, count in counts.items():
+        assert sum(p.numel() for p in timm.create_model(name).parameters()) == count
+    shared = shared_folder()
+    if shared is None or not (shared / "weights").is_dir():
+        pytest.skip("no published weights here")
+    for depth in (20, 56):
+        trained(f"cifar_resnet{depth}", shared / "weights" / f"cifar10-resnet{depth}.safetensors")
+
+
+def test_odd_maps_halve_as_the_shortcut_does() -> None:
+    network = timm.create_model("cifar_resnet20").eval()
+    assert network(torch.rand(1, 3, 33, 31)).shape == (1, 10)
+    features = network.forward_intermediates(torch.rand(1, 3, 33, 31), intermediates_only=True)
+    assert [tuple(f.shape[1:]) for f in features] == [(16, 33, 31), (32, 17, 16), (64, 9, 8)]
+    with pytest.raises(ValueError, match="at least 1"):
+        CifarResNet(blocks=0)

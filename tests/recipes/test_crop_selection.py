@@ -1,0 +1,88 @@
+"""The recipe of crop selection: measures, pictures, a person's own network, and pictures of any size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from isthmus.codec import UserError
+from isthmus.data import load
+from isthmus.engine import Run, Training
+from isthmus.recipes import crop_selection
+from isthmus.recipes.crop_selection import Config, PatchNet
+
+SMALL = {"view": 30, "crop": 16, "middle_crop": 20, "wide_crop": 24, "data": "textures:32", "test_images": 24}
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    config = Config(**SMALL, images=60, training=Training(steps=3, batch_size=20, lr=1e-3))
+    with Run.quick(tmp_path_factory.mktemp("crops"), name="crop-selection", config=config) as run:
+        crop_selection.run(config, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def test_measures_every_way_to_answer(trained_run: tuple[Path, dict[str, Any]]) -> None:
+    metrics = {name: entry["value"] for name, entry in trained_run[1]["metrics"].items()}
+    for way in ("centre", "selected", "selected_wide", "selected_by_mean", "averaged", "antialiased"):
+        assert {f"accuracy_{way}", f"flips_{way}", f"fooled_{way}"} <= metrics.keys()
+        assert 0 <= metrics[f"flips_{way}"] <= metrics[f"fooled_{way}"] <= 1
+    assert metrics["cyclic_flips_selected"] == 0.0
+    assert metrics["accuracy_lost"] == pytest.approx(metrics["accuracy_centre"] - metrics["accuracy_selected"])
+    assert {"pareto", "theory", "views"} <= {figure["name"] for figure in trained_run[1]["figures"]}
+
+
+def test_apply_says_where_the_crop_is(trained_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    image = load("textures:40", "test")[3]["image"].permute(1, 2, 0).numpy()
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(image[:10, :10]).save(tmp_path / "small.png")
+    (tmp_path / "no.txt").write_text("no picture")
+    files = [tmp_path / name for name in ("a.png", "small.png", "no.txt")]
+    written = crop_selection.apply(trained_run[0], files, tmp_path / "out")
+    assert [path.name for path in written] == ["classes.json", "a-crop.png"]
+    found = json.loads(written[0].read_text())
+    crop = found[str(files[0])]["crop"]
+    assert 0 <= crop["top"] <= 24
+    assert isinstance(found[str(files[0])]["stable"], bool)
+    assert "smaller than the crop" in found[str(files[1])]["skipped"]
+    with pytest.raises(UserError, match="none of the inputs"):
+        crop_selection.apply(trained_run[0], files[1:], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_takes_a_persons_own_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t", num_classes=8).state_dict(), tmp_path / "mine.safetensors")
+    config = Config(**SMALL, encoder="resnet10t", checkpoint=str(tmp_path / "mine.safetensors"), size=32)
+    with Run.quick(tmp_path, name="crop-selection", config=config) as run:
+        crop_selection.run(config, run)
+    report = json.loads((run.dir / "report.json").read_text())
+    assert not run.phases, "nothing is trained"
+    assert "fooled_selected" in report["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "x.pth"}, "give --encoder"),
+        ({"crop": 40}, "must lie below --view 30"),
+        ({"crop": 29}, "two pixels more"),
+    ],
+)
+def test_impossible_settings_are_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = Config(**{**SMALL, **changes})
+    with Run.quick(tmp_path, name="crop-selection", config=config) as run, pytest.raises(UserError, match=message):
+        crop_selection.run(config, run)
+
+
+def test_the_twin_has_as_many_parameters() -> None:
+    plain, twin = PatchNet(8), PatchNet(8, antialiased=True)
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in twin.parameters())
+    assert plain(torch.rand(2, 3, 48, 48)).shape == twin(torch.rand(2, 3, 48, 48)).shape == (2, 8)
