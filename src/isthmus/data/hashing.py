@@ -40,3 +40,14 @@ def permutation(size: int, seed: int) -> np.ndarray:
 def fraction(name: str) -> float:
     """A file name or row number → a number in ``[0, 1)`` that decides which split it belongs to."""
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=6).digest()) / 2**48
+
+
+def unit(draws: np.ndarray) -> np.ndarray:
+    """Words → float64 in ``[0, 1)``."""
+    return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def normal(draws: np.ndarray) -> np.ndarray:
+    """Words ``(…, 2n)`` → n independent normal numbers, float64 ``(…, n)`` (Box and Muller)."""
+    first, second = np.split(unit(draws), 2, axis=-1)
+    return np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)

@@ -39,7 +39,13 @@ _SOURCES = {
         ),
         Source("textures", "isthmus.data.textures", "size", "oriented noise in eight classes, 98×98; textures:64"),
         Source("fields", "isthmus.data.fields", "size", "noise fields with a target made of products of up to four"),
-        Source("brain", "isthmus.data.brain", "", "simulated people look at things under MEG; brain?subjects=1&trials=200"),
+        Source(
+            "brain", "isthmus.data.brain", "", "simulated people look at things under MEG; brain?subjects=1&trials=200"
+        ),
+        Source("sounds", "isthmus.data.sounds", "kind", "a second of drawn sound, eight kinds of event; sounds:clicks"),
+        Source("signals", "isthmus.data.signals", "kind", "two bumps in noise at four distances; signals:sinusoids"),
+        Source("solids", "isthmus.data.solids", "points", "points on a sphere, cube, cone or torus, 256; solids:512"),
+        Source("clips", "isthmus.data.clips", "size", "eight frames of a moving square, 16×16; clips:32?frames=16"),
         Source("random", "isthmus.data.noise", "size", "noise of a given shape: random:224, random:1x28x28", True),
         Source(
             "folder",
