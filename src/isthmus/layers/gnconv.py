@@ -143,10 +143,9 @@ class GlobalLocalFilter(nn.Module):
     def filtered(self, x: Tensor) -> Tensor:
         """The global filter alone: ``(B, C / 2, H, W)`` → the same, float32 or float64."""
         size = x.shape[-2:]
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            spectrum = torch.fft.rfft2(wide, norm="ortho")
-            return torch.fft.irfft2(spectrum * self.resized(size).to(spectrum.dtype), s=size, norm="ortho")
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        spectrum = torch.fft.rfft2(wide, norm="ortho")
+        return torch.fft.irfft2(spectrum * self.resized(size).to(spectrum.dtype), s=size, norm="ortho")
 
     def resized(self, size: tuple[int, ...]) -> Tensor:
         """K for maps of ``size`` H x W: complex ``(C / 2, H, W // 2 + 1)``."""
