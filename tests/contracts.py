@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from isthmus.bottlenecks.key_value import KeyValueBottleneck
+from isthmus.bottlenecks.splitters import RandomProjection
 from isthmus.codec import PassThrough
 from isthmus.decoders.probes import (
     AlexNetProbe,
@@ -21,6 +23,7 @@ from isthmus.decoders.probes import (
     PooledProbe,
 )
 from isthmus.decoders.spark_unet import SparKUNet
+from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
 
@@ -93,6 +96,10 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
 
 BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
     "pass-through": (PassThrough, pyramid((4, 8), (8, 4))),
+    "key-value": (
+        lambda: KeyValueBottleneck(RandomProjection(8, 3, 4), 16, 5, topk=2).freeze_keys(),
+        pyramid((4, 8), (8, 4)),
+    ),
 }
 
 DECODERS: dict[str, tuple[Make, Feed]] = {
@@ -103,5 +110,7 @@ DECODERS: dict[str, tuple[Make, Feed]] = {
     "convolutional probe": (lambda: ConvProbe(8, 5, width=8), pyramid((4, 8), (8, 4))),
     "alexnet probe": (lambda: AlexNetProbe(8, 5, side=6, conv=True, width=16), pyramid((8, 6))),
     "attentive probe": (lambda: AttentiveProbe(8, 5, num_heads=2), tokens(9, 8)),
+    "vote": (lambda: Vote(5), pyramid((10, 8), (15, 4))),
+    "flat head": (lambda: FlatHead(128, 5, hidden=8), pyramid((4, 8), (8, 4))),
     "spark u-net": (lambda: SparKUNet([(4, 4), (8, 8)], width=16, output_stride=4), pyramid((4, 8), (8, 4))),
 }

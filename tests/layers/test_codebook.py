@@ -20,8 +20,7 @@ def _draw(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("topk", [None, 1, 3])
 @pytest.mark.parametrize("chunk", [None, 1, 500])
 def test_finds_what_all_distances_would_tell(size: int, topk: int | None, chunk: int | None) -> None:
-    if (topk or 1) > size:
-        pytest.skip("more than there are")
+    topk = topk and min(topk, size)
     x, codes = _draw(3, 37, 5), _draw(3, size, 5, seed=1)
     index, score = nearest(x, codes, topk, chunk=chunk)
     distance = (x.double()[:, :, None] - codes.double()[:, None]).square().sum(-1)

@@ -244,20 +244,29 @@ class EMACodebook(nn.Module):
         centres, counts = centres.view_as(self.codes), None
         if steps:
             counts = tally(x, index, self.codes.shape[-2])[0].view_as(self.counts)
-        if _several():
+        if several_processes():
             torch.distributed.broadcast(centres, 0)
             if counts is not None:
                 torch.distributed.broadcast(counts, 0)
         self.place(centres, counts)
 
     @torch.no_grad()
-    def update(self, x: Tensor, generator: torch.Generator | None = None, replacement: Tensor | None = None) -> Tensor:
+    def update(
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        replacement: Tensor | None = None,
+        threshold: float | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
         """One step of the moving average.
 
         Args:
             x: ``(groups, N, D)``, or ``(N, D)`` for a single codebook.
             generator: draws the vectors that dead codes are put on, with replacement.
             replacement: of the shape of ``codes``, in place of drawn ones.
+            threshold: for this step, in place of the codebook's own.
+            index: the code of every vector where it was looked up already, as returned.
 
         Returns:
             ``(groups, N)`` or ``(N,)``, the code that every vector chose before the step.
@@ -267,10 +276,12 @@ class EMACodebook(nn.Module):
         """
         check_finite(x, "the codebook")
         vectors, size = self._grouped(x), self.codes.shape[-2]
-        index = nearest(vectors, self.codes.view(len(vectors), size, -1), metric=self.metric)[0]
+        if index is None:
+            index = nearest(vectors, self.codes.view(len(vectors), size, -1), metric=self.metric)[0]
+        index = index.reshape(vectors.shape[:2])
         counts, sums = tally(vectors, index, size)
         counts, sums = counts.view_as(self.counts), sums.view_as(self.sums)
-        if _several():
+        if several_processes():
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
         self.counts.lerp_(counts, 1 - self.decay)
@@ -278,23 +289,26 @@ class EMACodebook(nn.Module):
         total = self.counts.sum(-1, keepdim=True)
         smoothed = (self.counts + self.eps) / (total + size * self.eps) * total
         self.codes.copy_(self.sums / smoothed[..., None].clamp_min(1e-30))
-        if self.threshold > 0:
-            self._replace(vectors, generator, replacement)
+        threshold = self.threshold if threshold is None else threshold
+        if threshold > 0:
+            self._replace(vectors, generator, replacement, threshold)
         return index.view(*self.codes.shape[:-2], -1)
 
-    def _replace(self, x: Tensor, generator: torch.Generator | None, replacement: Tensor | None) -> None:
+    def _replace(
+        self, x: Tensor, generator: torch.Generator | None, replacement: Tensor | None, threshold: float
+    ) -> None:
         """Put codes that win too little on random vectors."""
-        dead = (self.counts < self.threshold)[..., None]
+        dead = (self.counts < threshold)[..., None]
         if replacement is None:
             groups, n, dim = x.shape
             drawn = torch.randint(n, (groups, self.codes.shape[-2]), generator=generator).to(x.device)
             replacement = x.gather(1, drawn[..., None].expand(-1, -1, dim))
-            if _several():
+            if several_processes():
                 torch.distributed.broadcast(replacement, 0)
         self.codes.copy_(torch.where(dead, replacement.view_as(self.codes), self.codes))
         if self.revive == "whole":
-            self.counts.copy_(torch.where(dead[..., 0], self.threshold, self.counts))
-            self.sums.copy_(torch.where(dead, self.codes * self.threshold, self.sums))
+            self.counts.copy_(torch.where(dead[..., 0], threshold, self.counts))
+            self.sums.copy_(torch.where(dead, self.codes * threshold, self.sums))
 
     def _grouped(self, x: Tensor) -> Tensor:
         """``(groups, N, D)`` in the dtype of the codes."""
@@ -341,7 +355,12 @@ def _search(
             query = x[g : g + together, i : i + columns].to(dtype)
             query = query - centre[g : g + together] if metric == "euclidean" else query
             query = F.pad(query, (0, 1), value=1.0).transpose(1, 2)
-            scores = torch.bmm(table[g : g + together], query).unflatten(1, (-1, block))  # (g, blocks, block, n)
+            rows = table[g : g + together]
+            if query.numel() * rows.shape[1] <= 2**16:  # kernels of tiny products round equal rows differently
+                scores = (rows[:, :, :, None] * query[:, None]).sum(2)
+            else:
+                scores = torch.bmm(rows, query)
+            scores = scores.unflatten(1, (-1, block))  # (g, blocks, block, n)
             for j, (best, place) in enumerate(_best(scores, count)):
                 index[g : g + together, j, i : i + columns] = place
                 if limited:
@@ -411,7 +430,7 @@ def _draw(x: Tensor, k: int, weight: Tensor | None, generator: torch.Generator |
     return noise.topk(k, largest=False).indices.to(x.device)
 
 
-def _several() -> bool:
+def several_processes() -> bool:
     """Whether several processes share the work."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
