@@ -11,9 +11,9 @@ classifies pictures, so that there is a network to use.
     isthmus run hornet --data folder:pictures --encoder hornet_tiny_7x7 --size 224 --orders
     isthmus apply RUN pictures/*.jpg
 
-A target of the highest degree alone is not learnt from order 3 on: a product of many factors that are all small at the
-start has no gradient to speak of (``--fields fields?degrees=3``). The layer can express it; the optimiser finds it only
-where lower degrees lead the way.
+A target of one high degree alone is another matter (``--fields "fields?degrees=3"``): a product of factors that are all
+small at the start has next to no gradient. In the same 400 steps order 2 reaches an R² of 0.03 on abc alone and order 3
+none. The layers can express it; the optimiser finds it where lower degrees lead the way.
 """
 
 from __future__ import annotations
