@@ -67,7 +67,7 @@ def load(
     evoked: float = 0.35,
     induced: float = 1.5,
     noise: float = 1.5,
-    signal: float = 0.5,
+    signal: float = 0.2,
     geometry: str = "auto",
     name: str = "brain",
 ) -> BrainData:

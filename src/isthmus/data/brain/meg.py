@@ -43,7 +43,7 @@ class MEGSettings:
     widen: float = 1.6
     evoked: float = 0.35
     induced: float = 1.5
-    signal: float = 0.5
+    signal: float = 0.2
     background: float = 0.8
     rhythm: float = 0.3
     noise: float = 1.5
@@ -52,8 +52,8 @@ class MEGSettings:
 
     @property
     def times(self) -> Tensor:
-        """Seconds from the onset: ``(T,)``."""
-        return self.start + torch.arange(round((self.stop - self.start) * self.rate)) / self.rate
+        """Seconds from the onset, both ends included: ``(T,)``."""
+        return self.start + torch.arange(round((self.stop - self.start) * self.rate) + 1) / self.rate
 
 
 class Recorder:
