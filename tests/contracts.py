@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
 from isthmus.bottlenecks.splitters import RandomProjection
-from isthmus.codec import PassThrough
+from isthmus.codec import FeatureInfo, PassThrough
+from isthmus.decoders.necks import FPN, HorFPN
 from isthmus.decoders.probes import (
     AlexNetProbe,
     AttentiveProbe,
@@ -80,6 +81,11 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         lambda: Backbone("convit_tiny_plus", img_size=64, depth=3, embed_dim=36, num_heads=9, local_up_to_layer=2),
         image(),
     ),
+    "hornet": (lambda: Backbone("hornet_tiny_7x7", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), image()),
+    "hornet, global filters": (
+        lambda: Backbone("hornet_tiny_gf", depths=(1, 1, 1, 1), dims=(8, 8, 16, 32), norm_features=True),
+        image(),
+    ),
     "inceptionnext, isotropic": (lambda: Backbone("inceptionnext_isotropic_small", depths=(2,), dims=(16,)), image()),
     "convnext, partial kernels": (
         lambda: Backbone("convnext_tiny_k3_par1_4", depths=(1, 1, 1, 1), dims=(16, 16, 24, 32)),
@@ -113,4 +119,9 @@ DECODERS: dict[str, tuple[Make, Feed]] = {
     "vote": (lambda: Vote(5), pyramid((10, 8), (15, 4))),
     "flat head": (lambda: FlatHead(128, 5, hidden=8), pyramid((4, 8), (8, 4))),
     "spark u-net": (lambda: SparKUNet([(4, 4), (8, 8)], width=16, output_stride=4), pyramid((4, 8), (8, 4))),
+}
+
+NECKS: dict[str, tuple[Make, Feed]] = {
+    "feature pyramid": (lambda: FPN([(4, 4), (8, 8)], width=6, levels=3), pyramid((4, 8), (8, 4))),
+    "horfpn": (lambda: HorFPN([FeatureInfo(4, 4), FeatureInfo(8, 8)], width=8, filter=(4, 3)), pyramid((4, 8), (8, 4))),
 }

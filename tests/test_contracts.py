@@ -15,12 +15,13 @@ from isthmus.codec import (
     Decoder,
     Encoder,
     FeatureInfo,
+    Neck,
     build,
     call_part,
     conditions_of,
     spec_of,
 )
-from tests.contracts import BOTTLENECKS, DECODERS, ENCODERS
+from tests.contracts import BOTTLENECKS, DECODERS, ENCODERS, NECKS
 
 
 def _seeded() -> torch.Generator:
@@ -96,10 +97,26 @@ def test_decoder_predicts_for_every_sample(name: str) -> None:
     assert len(first) == features[0].shape[0]
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, *BOTTLENECKS, *DECODERS])
+@pytest.mark.parametrize("name", NECKS)
+def test_neck_returns_the_pyramid_it_describes(name: str) -> None:
+    make, feed = NECKS[name]
+    neck, features = make().eval(), feed(_seeded())
+    assert isinstance(neck, Neck)
+    assert isinstance(features, list)
+    with torch.no_grad():
+        together, alone = neck(features), neck([level[:1] for level in features])
+    assert [level.shape[1] for level in together] == [info.channels for info in neck.feature_info]
+    reductions = [info.reduction for info in neck.feature_info]
+    assert reductions == sorted(reductions), "finest level first"
+    for many, one in zip(together, alone, strict=True):
+        assert torch.isfinite(many).all()
+        torch.testing.assert_close(many[:1], one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *BOTTLENECKS, *DECODERS, *NECKS])
 def test_part_is_rebuilt_from_its_description(name: str, tmp_path: Path) -> None:
     """A Codec made of it saves, and the loaded one computes the same."""
-    make, feed = ({**ENCODERS, **BOTTLENECKS, **DECODERS})[name]
+    make, feed = ({**ENCODERS, **BOTTLENECKS, **DECODERS, **NECKS})[name]
     part, x = make().eval(), feed(_seeded())
     again = build(spec_of(part)).eval()
     assert [(n, p.shape) for n, p in again.state_dict().items()] == [(n, p.shape) for n, p in part.state_dict().items()]
