@@ -118,8 +118,11 @@ def sample(
     running = torch.ones_like(lengths, dtype=torch.bool)
     advances = []
     for step in range(length):
-        logits = feed.first() if step == 0 else feed(sequence[:, begin + step - 1 : begin + step])
-        if step:
+        if step == 0:
+            logits = feed.first()
+        else:  # padding need not be a token that the model knows
+            last = sequence[:, begin + step - 1 : begin + step]
+            logits = feed(torch.where(running[:, None], last, prompt[:, -1:]))
             feed.keep(torch.ones_like(lengths))
         place = torch.full((batch, 1), step, device=prompt.device)
         row = finite(scores(finite(logits), place, sequence))[:, 0]

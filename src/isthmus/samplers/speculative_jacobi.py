@@ -183,7 +183,9 @@ class _State:
         self.width, self.running = width, running
         if width > 1:
             self._fill(width - 1)
-        return self.sequence.gather(1, self._places(width) - 1)
+        inputs = self.sequence.gather(1, self._places(width) - 1)
+        # What is fed for rows that have ended does not matter, but padding need not be a token that the model knows.
+        return torch.where(running[:, None], inputs, self.sequence[:, self.prompt - 1 : self.prompt])
 
     def wipe(self, ended: Tensor) -> None:
         """Nothing stays behind the last token of rows that have ended."""

@@ -80,7 +80,7 @@ class custom_generate:
         config = generation_config
         _check(model, config)
         guidance, processors = _take_guidance(list(logits_processor or []), len(input_ids))
-        first = {k: v for k, v in model_kwargs.items() if k not in _PREPARED and v is not None and v is not False}
+        first = {k: v for k, v in model_kwargs.items() if k not in _PREPARED and _says_something(v)}
         if guidance is not None and first:
             raise ValueError(
                 f"guidance doubles the batch, so the prompt cannot bring {', '.join(sorted(first))} along."
@@ -116,6 +116,12 @@ _PREPARED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_
     "cache_position",
     "token_type_ids",
 }
+
+
+def _says_something(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_says_something(each) for each in value.values())
+    return value is not None and value is not False
 
 
 def _check(model: Any, config: Any) -> None:
