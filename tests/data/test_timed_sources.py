@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +157,54 @@ def test_squares_move_as_their_label_says() -> None:
 def test_impossible_requests_are_named(source: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         data.load(source, "train", ("label",))
+
+
+def test_windows_of_a_file_keep_to_their_part_and_are_standardised_by_training(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows = [f"2020-01-{i},{i},{100 - 2 * i}" for i in range(100)]
+    path.write_text("\n".join(["date,up,down", *rows]) + "\n")
+    parts = {part: data.load(f"series:{path}?length=5", part, ("signal",)) for part in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [56, 16, 16]
+    train, test = parts["train"], parts["test"]
+    assert train.channels == ["up", "down"]
+    values = [torch.cat([part[0]["signal"], part[len(part) - 1]["signal"]], 1) for part in parts.values()]
+    plain = [v * torch.tensor(train.std)[:, None] + torch.tensor(train.mean)[:, None] for v in values]
+    assert [(round(float(v[0, 0])), round(float(v[0, -1]))) for v in plain] == [(0, 59), (60, 79), (80, 99)]
+    torch.testing.assert_close(values[2][0], -values[2][1])
+    assert torch.equal(test.windows[0, 0], test[0]["signal"][0])
+    few = data.load(f"series:{path}?length=5&count=4", "train", ("signal",))
+    assert [int(start) for start in few.starts] == [0, 14, 28, 42]
+
+
+def test_drawn_series_have_days() -> None:
+    drawn = data.load("series?length=240", "train", ("signal",), seed=1)
+    wave = torch.stack([drawn[i]["signal"] for i in range(0, len(drawn), 97)]).double()
+    wave = wave - wave.mean(2, keepdim=True)
+    assert wave.shape[1] == 7
+    power = torch.fft.rfft(wave).abs().square().mean((0, 1))
+    assert int(power[5:].argmax()) + 5 == 10, "ten days in 240 hours"
+    assert len(data.load("series", "val", ("signal",), seed=1)) == 2000 - 119
+    assert not torch.equal(data.load("series", "val", ("signal",), seed=2)[0]["signal"][:, :5], wave[0, :, :5])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n", "a heading and one row a time step"),
+        ("a,b\nx,y\n", "no column of numbers"),
+        ("a\n1\nx\n2\n", "no number where the first one has"),
+        ("a\n" + "1\n" * 50 + "nan\n", "row 51 is not finite"),
+        ("a\n" + "1\n" * 50, "fewer than a window of 120"),
+    ],
+)
+def test_broken_tables_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        data.load(f"series:{tmp_path / 't.csv'}", "train", ("signal",))
+
+
+def test_a_table_that_is_not_there_and_joined_parts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.csv cannot be read"):
+        data.load(f"series:{tmp_path}/none.csv", "train", ("signal",))
+    with pytest.raises(UserError, match="would cross a border"):
+        data.load("series", "train+val", ("signal",))

@@ -37,6 +37,12 @@ _SOURCES = {
         Source(
             "scenes", "isthmus.data.scenes", "size", "drawn scenes with factors, masks, boxes, captions and questions"
         ),
+        Source(
+            "street-numbers",
+            "isthmus.data.street_numbers",
+            "size",
+            "real digits composed to numbers on photographs, 54×54; street-numbers:16x32?most=3&warp=0",
+        ),
         Source("textures", "isthmus.data.textures", "size", "oriented noise in eight classes, 98×98; textures:64"),
         Source("fields", "isthmus.data.fields", "size", "noise fields with a target made of products of up to four"),
         Source(
@@ -46,6 +52,7 @@ _SOURCES = {
         Source("signals", "isthmus.data.signals", "kind", "two bumps in noise at four distances; signals:sinusoids"),
         Source("solids", "isthmus.data.solids", "points", "points on a sphere, cube, cone or torus, 256; solids:512"),
         Source("clips", "isthmus.data.clips", "size", "eight frames of a moving square, 16×16; clips:32?frames=16"),
+        Source("series", "isthmus.data.series", "path", "windows of series side by side, drawn, or series:FILE.csv"),
         Source("random", "isthmus.data.noise", "size", "noise of a given shape: random:224, random:1x28x28", True),
         Source(
             "folder",
