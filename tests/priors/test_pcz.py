@@ -1,0 +1,302 @@
+"""Pictures of every kind come back to the last bit; whatever else a file holds is told, and never becomes a picture."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from isthmus.codec import UserError
+from isthmus.priors import pcz
+from isthmus.priors.circuit import HCLT
+from isthmus.priors.lifting import decorrelate, recorrelate, residuals, restore
+from isthmus.priors.pcz import PictureCoder
+from isthmus.priors.pictures import from_image, png, read
+
+pytest.importorskip("constriction")
+
+
+def make(patch: int, channels: int, seed: int = 0, latents: int = 3) -> HCLT:
+    """A circuit of residuals: near 128, as if the guess was mostly right."""
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.randint(1, 12, (200, 1), generator=g)
+    x = (torch.randn(200, patch * patch * channels, generator=g) * spread + 128).round().clamp(0, 255).long()
+    return HCLT.from_data(x, 256, latents, generator=g).fit([x], epochs=2)
+
+
+@pytest.fixture(scope="module")
+def colour() -> PictureCoder:
+    return PictureCoder(make(4, 3), 4)
+
+
+@pytest.fixture(scope="module")
+def grey() -> PictureCoder:
+    return PictureCoder(make(3, 1), 3, channels=1, threads=1)
+
+
+def same(one: Image.Image, two: Image.Image) -> bool:
+    if one.mode != two.mode or one.size != two.size or not np.array_equal(np.asarray(one), np.asarray(two)):
+        return False
+    return np.array_equal(np.asarray(one.convert("RGBA")), np.asarray(two.convert("RGBA")))
+
+
+def smooth(height: int, width: int, channels: int, seed: int = 0) -> np.ndarray:
+    """Something like a photograph: slopes and a little noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    wave = 100 + 50 * np.sin(x / 9 + y / 7) + y / 2
+    planes = wave[..., None] + rng.normal(0, 2, (height, width, channels)) + 10 * np.arange(channels)
+    return planes.clip(0, 255).astype(np.uint8).squeeze()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize(
+    ("size", "content"),
+    [
+        ((1, 1), "noise"),
+        ((1, 9), "smooth"),
+        ((9, 1), "extremes"),
+        ((4, 4), "noise"),
+        ((8, 12), "smooth"),
+        ((13, 5), "noise"),
+        ((33, 30), "constant"),
+        ((33, 30), "extremes"),
+    ],
+)
+def test_round_trip(size: tuple[int, int], mode: str, content: str, colour: PictureCoder, grey: PictureCoder) -> None:
+    rng = np.random.default_rng(1)
+    shape = (*size, 4)
+    planes = {
+        "smooth": smooth(*size, 4).reshape(shape),
+        "noise": rng.integers(0, 256, shape, dtype=np.uint8),
+        "constant": np.full(shape, 77, np.uint8),
+        "extremes": rng.choice(np.array([0, 255], np.uint8), shape),
+    }[content]
+    image = Image.fromarray(planes)
+    if mode == "P":
+        image = image.convert("RGB").quantize(17)
+    elif mode != "RGBA":
+        image = image.convert("RGB").convert(mode)
+    if mode == "LA":
+        image.putalpha(Image.fromarray(planes[..., 3]))
+    for coder in (colour, grey):
+        data = coder.compress(image)
+        assert same(coder.decompress(data), image)
+        raw = image.convert("L" if mode == "1" else mode).tobytes()
+        assert len(data) < len(raw) + 900, "noise costs what it holds, a palette up to 800 bytes"
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    height=st.integers(1, 21),
+    width=st.integers(1, 21),
+    channels=st.sampled_from([1, 2, 3, 4]),
+    levels=st.sampled_from([1, 2, 3, 256]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_pixels_round_trip(
+    height: int, width: int, channels: int, levels: int, seed: int, colour: PictureCoder
+) -> None:
+    rng = np.random.default_rng(seed)
+    planes = rng.integers(0, 256, levels, dtype=np.uint8)[rng.integers(0, levels, (height, width, channels))]
+    image = Image.fromarray(planes[..., 0] if channels == 1 else planes)
+    assert same(colour.decompress(colour.compress(image)), image)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**31))
+def test_prediction_is_undone(height: int, width: int, planes: int, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, planes), dtype=np.uint8)
+    assert np.array_equal(restore(residuals(pixels)), pixels)
+    if planes == 3:
+        assert np.array_equal(recorrelate(decorrelate(pixels)), pixels)
+    slope = (np.mgrid[:height, :width][1] * 3 + 10).astype(np.uint8)[..., None]
+    assert (residuals(slope)[1:, 1:] == 128).all(), "a slope is guessed exactly"
+
+
+def test_the_file_does_not_depend_on_threads_nor_on_more_patches_than_one_stream_holds() -> None:
+    circuit = make(2, 3)
+    image = Image.fromarray(smooth(70, 131, 3))
+    one, many = (PictureCoder(circuit, 2, threads=t) for t in (1, 4))
+    data = one.compress(image)
+    assert data == many.compress(image)
+    assert same(many.decompress(data), image)
+
+
+def test_a_circuit_of_plain_pixels_and_many_patches() -> None:
+    coder = PictureCoder(make(2, 1), 2, channels=1, prediction=False)
+    image = Image.fromarray(smooth(30, 40, 3))
+    assert same(coder.decompress(coder.compress(image)), image)
+
+
+def test_smooth_pictures_shrink_by_the_circuit(colour: PictureCoder) -> None:
+    image = Image.fromarray(smooth(64, 64, 3))
+    data = colour.compress(image)
+    assert len(data) < 0.6 * 64 * 64 * 3
+    planes = np.asarray(image)
+    at = pcz._HEADER.size
+    assert data[at] == pcz._CIRCUIT
+    grey = Image.fromarray(np.repeat(planes[..., :1], 3, 2))
+    single = colour.compress(grey.convert("L"))
+    assert len(colour.compress(grey)) < len(single) + 10, "colours that are grey cost a few bytes"
+
+
+def test_what_makes_a_picture_look_so_is_kept(colour: PictureCoder, tmp_path: Path) -> None:
+    palette = Image.fromarray(smooth(9, 9, 3)).convert("P", palette=Image.Palette.ADAPTIVE, colors=5)
+    for transparency in (2, bytes([0, 100, 255])):
+        palette.info["transparency"] = transparency
+        back = colour.decompress(colour.compress(palette))
+        (tmp_path / "a.png").write_bytes(png(palette))
+        (tmp_path / "b.png").write_bytes(png(back))
+        assert same(read(tmp_path / "a.png"), read(tmp_path / "b.png"))
+    photo = Image.fromarray(smooth(9, 9, 3))
+    exif = photo.getexif()
+    exif[274] = 6  # turned by a quarter
+    photo.info |= {"exif": exif.tobytes(), "icc_profile": b"a profile"}
+    back = Image.open(io.BytesIO(png(colour.decompress(colour.compress(photo)))))
+    assert back.getexif()[274] == 6
+    assert back.info["icc_profile"] == b"a profile"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_a_transparent_colour_becomes_alpha(mode: str, colour: PictureCoder, tmp_path: Path) -> None:
+    image = Image.fromarray(smooth(6, 6, 3)).convert(mode)
+    image.putpixel((2, 2), (1, 2, 3) if mode == "RGB" else 0)
+    image.save(tmp_path / "a.png", transparency=(1, 2, 3) if mode == "RGB" else 0)
+    opened = read(tmp_path / "a.png")
+    back = colour.decompress(colour.compress(opened))
+    assert back.mode == ("RGBA" if mode == "RGB" else "LA")
+    assert np.array_equal(np.asarray(back.convert("RGBA")), np.asarray(opened.convert("RGBA")))
+    assert np.asarray(back.convert("RGBA"))[2, 2, 3] == 0
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_every_flipped_byte_and_every_cut_is_told(colour: PictureCoder) -> None:
+    image = Image.fromarray(smooth(9, 10, 4))
+    data = colour.compress(image)
+    rng = np.random.default_rng(0)
+    for at in range(len(data)):
+        wrong = bytearray(data)
+        wrong[at] ^= 1 << int(rng.integers(8))
+        with pytest.raises(UserError):
+            colour.decompress(bytes(wrong))
+        with pytest.raises(UserError):
+            colour.decompress(data[:at])
+    for more in (b"\0", b"more"):
+        with pytest.raises(UserError, match="damaged"):
+            colour.decompress(data + more)
+
+
+def resealed(data: bytes, at: int, value: bytes) -> bytes:
+    body = data[:at] + value + data[at + len(value) : -8]
+    return body + pcz._checksum(body)
+
+
+def test_a_file_that_was_changed_and_sealed_again_is_told(colour: PictureCoder) -> None:
+    image = Image.fromarray(smooth(9, 10, 3))
+    data = colour.compress(image)
+    header = pcz._HEADER.size
+    for at, value in (
+        (5, bytes([77])),  # mode
+        (6, struct.pack("<I", 11)),  # width
+        (10, struct.pack("<I", 1)),  # height
+        (22, b"otherpix"),
+        (header, bytes([pcz._DEFLATE])),
+        (header, bytes([9])),
+        (header + 3, struct.pack("<I", 10**9)),
+        (header + 9, b"\xff\xff\xff\xff"),
+    ):
+        with pytest.raises(UserError, match=r"is no valid \.pcz|other pixels"):
+            colour.decompress(resealed(data, at, value))
+
+
+def test_other_models_versions_and_files_are_told(colour: PictureCoder, grey: PictureCoder) -> None:
+    image = Image.fromarray(smooth(9, 10, 3))
+    data = colour.compress(image)
+    other = PictureCoder(make(4, 3, seed=1), 4)
+    without = PictureCoder(make(4, 3), 4, prediction=False)
+    for coder in (other, grey, without):
+        with pytest.raises(UserError, match="written with another model"):
+            coder.decompress(data)
+    assert same(PictureCoder(make(4, 3), 4).decompress(data), image), "the same model made again"
+    with pytest.raises(UserError, match=r"\.pcz version 9; this isthmus reads version 1"):
+        colour.decompress(data[:4] + b"\x09" + data[5:])
+    for foreign in (b"", b"\x89PN", png(image), b"\x89PCZ", b"\x89PCZ\x01"):
+        with pytest.raises(UserError, match=r"no \.pcz file|damaged or cut short"):
+            colour.decompress(foreign)
+
+
+def test_more_than_eight_bits_and_foreign_colours_are_refused(colour: PictureCoder, tmp_path: Path) -> None:
+    deep = Image.fromarray(np.full((3, 3), 40000, np.uint16))
+    deep.save(tmp_path / "deep.png")
+    for path in (tmp_path / "deep.png", _png16(tmp_path / "rgb.png", colours=2), _ppm16(tmp_path / "rgb.ppm")):
+        with pytest.raises(UserError, match="does not have 8 bits a channel"):
+            read(path)
+    for image in (deep, Image.new("F", (2, 2)), Image.new("I", (2, 2))):
+        with pytest.raises(UserError, match="does not have 8 bits a channel"):
+            colour.compress(image)
+    with pytest.raises(UserError, match="colour mode CMYK"):
+        colour.compress(Image.new("CMYK", (2, 2)))
+    with pytest.raises(UserError, match="no pixels"):
+        colour.compress(Image.new("L", (0, 5)))
+    moving = [Image.new("L", (4, 4), value) for value in (0, 255)]
+    moving[0].save(tmp_path / "moving.gif", save_all=True, append_images=moving[1:])
+    with pytest.raises(UserError, match="2 frames"):
+        read(tmp_path / "moving.gif")
+    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(smooth(30, 30, 3)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
+    for name in ("text.png", "cut.png"):
+        with pytest.raises(UserError, match="no picture that can be read"):
+            read(tmp_path / name)
+
+
+def test_circuits_that_do_not_fit_are_refused() -> None:
+    circuit = make(2, 1)
+    for patch, channels in ((3, 1), (2, 3), (2, 2), (0, 1)):
+        with pytest.raises(ValueError, match="does not fit patches"):
+            PictureCoder(circuit, patch, channels)
+    few = HCLT((-1,), 16, 2).fit([torch.zeros(3, 1, dtype=torch.long)])
+    with pytest.raises(ValueError, match="256 values a pixel, the circuit has 16"):
+        PictureCoder(few, 1, 1)
+    with pytest.raises(ValueError, match="threads"):
+        PictureCoder(circuit, 2, 1, threads=0)
+    with pytest.raises(ValueError, match="not learnt anything yet"):
+        PictureCoder(HCLT((-1, 0, 0, 0), 256, 2), 2, 1)
+
+
+def test_palettes_with_alpha_are_kept_as_pixels(colour: PictureCoder) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([1, 2, 3, 0, 4, 5, 6, 255], "RGBA")
+    image.putpixel((1, 0), 1)
+    assert from_image(image).mode == "RGBA"
+    back = colour.decompress(colour.compress(image))
+    assert back.getpixel((0, 0)) == (1, 2, 3, 0)
+    assert back.getpixel((1, 0)) == (4, 5, 6, 255)
+
+
+def _png16(path: Path, colours: int) -> Path:
+    """A PNG of 2×1 pixels of 16 bits, which Pillow would read as 8."""
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, colours, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + bytes(range(12)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    return path
+
+
+def _ppm16(path: Path) -> Path:
+    path.write_bytes(b"P6 2 1 65535\n" + bytes(range(12)))
+    return path
