@@ -199,7 +199,7 @@ class _State:
         place = self._places(width)
         scores = self._scores(logits, place)
         old = self.sequence.gather(1, place)
-        guesses = old[:, : width - 1]
+        guesses = old[:, : width - 1].masked_fill(~running[:, None], 0)
         probabilities = None if settings.scheme == "jacobi" else scores.softmax(-1)
         if settings.scheme == "speculative":
             assert probabilities is not None
@@ -250,7 +250,7 @@ class _State:
         if self.rows is not None and self.settings.scheme == "speculative":
             rows = self.rows[:, :count]
             rows.masked_fill_(fresh[..., None], 0)
-            chosen = tokens[..., None]
+            chosen = torch.where(fresh, tokens, 0)[..., None]
             rows.scatter_(2, chosen, torch.where(fresh[..., None], 1.0, rows.gather(2, chosen)).to(rows.dtype))
 
     def _fresh(self, place: Tensor, raster: Raster | None) -> Tensor:
