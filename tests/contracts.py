@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
 from isthmus.bottlenecks.splitters import RandomProjection
 from isthmus.codec import FeatureInfo, PassThrough
+from isthmus.decoders.digit_sequence import DigitSequence
 from isthmus.decoders.necks import FPN, HorFPN
 from isthmus.decoders.probes import (
     AlexNetProbe,
@@ -27,6 +28,8 @@ from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.maxout_cnn import MaxoutCNN
+from isthmus.robustness.crop_selection import CropSelection
 
 Make = Callable[[], nn.Module]
 Feed = Callable[[torch.Generator], "Tensor | list[Tensor]"]
@@ -98,6 +101,11 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         ),
         lambda g: torch.randn(2, 4000, generator=g),
     ),
+    "street numbers": (
+        lambda: MaxoutCNN(32, (4, 6), strides=(2, 1), local=5, dense=(8,)),
+        image(32),
+    ),
+    "crop selection": (lambda: CropSelection(Backbone("resnet10t"), 48, size=64), image()),
 }
 
 BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
@@ -109,6 +117,7 @@ BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
 }
 
 DECODERS: dict[str, tuple[Make, Feed]] = {
+    "digit sequence": (lambda: DigitSequence(8, grid=2, hidden=(6,)), pyramid((4, 8), (8, 4))),
     "linear probe": (lambda: LinearProbe(8, 5), pyramid((4, 8), (8, 4))),
     "linear probe of tokens": (lambda: LinearProbe(8, 5, token=0), tokens(9, 8)),
     "pooled probe": (lambda: PooledProbe(4, 5, grid=2, level=0), pyramid((4, 8), (8, 4))),

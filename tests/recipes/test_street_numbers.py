@@ -1,0 +1,99 @@
+"""The recipe of street numbers: measures, the operating point, reading pictures, other sources and encoders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from isthmus.codec import UserError
+from isthmus.data import load
+from isthmus.engine import Run, Training
+from isthmus.recipes import street_numbers
+from isthmus.recipes.street_numbers import Config, _Digits
+
+SMALL: dict[str, Any] = {"images": 120, "test_images": 60, "widths": (6, 8), "strides": (2, 2), "dense": (16,)}
+BRIEF = Training(steps=4, batch_size=30, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    config = Config(**SMALL, training=BRIEF)
+    with Run.quick(tmp_path_factory.mktemp("numbers"), name="street-numbers", config=config) as run:
+        street_numbers.run(config, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def test_measures_readers_and_their_confidence(trained: tuple[Path, dict[str, Any]]) -> None:
+    metrics = {name: entry["value"] for name, entry in trained[1]["metrics"].items()}
+    assert {"accuracy", "accuracy_shallow", "accuracy_eleven", "coverage_at_98", "calibration_error"} <= metrics.keys()
+    assert metrics["gain_over_shallow"] == pytest.approx(metrics["accuracy"] - metrics["accuracy_shallow"])
+    assert metrics["coverage_at_90"] >= metrics["coverage_at_98"]
+    assert {"coverage", "examples"} <= {figure["name"] for figure in trained[1]["figures"]}
+    settings = json.loads((trained[0] / "reader" / "reading.json").read_text())
+    assert settings["accuracy"] == 0.98
+    assert settings["threshold"] > 0
+
+
+def test_apply_reads_pictures_of_any_size(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    image = load("street-numbers:50x90", "test")[3]["image"].permute(1, 2, 0).numpy()
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(image[:20, :20, 0]).save(tmp_path / "grey.png")
+    (tmp_path / "no.txt").write_text("no picture")
+    files = [tmp_path / name for name in ("a.png", "grey.png", "no.txt")]
+    written = street_numbers.apply(trained[0], files, tmp_path / "out")
+    found = json.loads(written[0].read_text())["pictures"]
+    for name in files[:2]:
+        entry = found[str(name)]
+        assert entry["number"] is None or entry["number"].isdigit() or entry["number"] == ""
+        assert 0 <= entry["probability"] <= 1
+        assert 0 <= entry["calibrated"] <= 1
+        assert isinstance(entry["confident"], bool)
+    assert "skipped" in found[str(files[2])]
+    with pytest.raises(UserError, match="none of the inputs"):
+        street_numbers.apply(trained[0], files[2:], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_takes_boxes_crops_and_a_timm_encoder(tmp_path: Path) -> None:
+    config = Config(
+        data="street-numbers:40x60",
+        encoder="resnet10t",
+        size=(32, 32),
+        resize=(36, 36),
+        boxes=True,
+        max_digits=5,
+        images=40,
+        test_images=20,
+        dense=(16,),
+        eleven=False,
+        training=Training(steps=2, batch_size=10, lr=1e-3),
+    )
+    with Run.quick(tmp_path, name="street-numbers", config=config) as run:
+        street_numbers.run(config, run)
+    assert "accuracy" in json.loads((run.dir / "report.json").read_text())["metrics"]
+
+
+def test_folders_named_by_numbers_do_as_labels(tmp_path: Path) -> None:
+    for name in ("07", "142"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 12)).save(tmp_path / name / "a.png")
+    dataset = load(f"folder:{tmp_path}", "all", ("image", "label"))
+    batch = _Digits(dataset.classes)(dataset.fetch([0, 1]), torch.Generator())
+    assert [number.tolist() for number in batch["labels"]] == [[0, 7], [1, 4, 2]]
+    with pytest.raises(UserError, match="'cat' is no number"):
+        _Digits(["cat"])({"label": torch.tensor([0])}, torch.Generator())
+
+
+def test_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    Image.new("RGB", (20, 12)).save(tmp_path / "plain" / "a.png")
+    with Run.quick(tmp_path, name="street-numbers") as run:
+        with pytest.raises(UserError, match="accuracy must lie"):
+            street_numbers.run(Config(accuracy=98), run)
+        with pytest.raises(UserError, match="no labels, caption or label"):
+            street_numbers.run(Config(data=f"folder:{tmp_path / 'plain'}"), run)
