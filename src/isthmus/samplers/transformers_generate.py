@@ -1,5 +1,5 @@
 """Speculative Jacobi decoding inside transformers' ``generate``: everything that it prepares (guidance, processors,
-stopping criteria, prefix constraints, several sequences a prompt, streamers) is kept, only the loop is ours. ::
+stopping criteria, prefix constraints, several sequences a prompt) is kept, only the loop is ours. ::
 
     faster = custom_generate(SpeculativeJacobi(window=16))
     model.generate(**inputs, custom_generate=faster, do_sample=True, max_new_tokens=1024, guidance_scale=3.0)
@@ -45,6 +45,8 @@ class custom_generate:
         raster: the image's grammar and lines, for first guesses from neighbours; prefix constraints given to
             ``generate`` do as well, but more slowly.
         wrap: makes the :class:`~isthmus.samplers.LogitModel`, for instance ``ChameleonImages``.
+        streamer: gets the tokens of every pass, of a single row; give it to ``generate`` as well, which puts the prompt
+            into it but hands no streamer on.
 
     Attributes:
         decoded: what the last call drew, and its passes.
@@ -55,9 +57,10 @@ class custom_generate:
         decoder: SpeculativeJacobi | None = None,
         raster: Raster | None = None,
         wrap: Callable[[Any], LogitModel] | None = None,
+        streamer: Any = None,
     ) -> None:
         self.decoder = SpeculativeJacobi() if decoder is None else decoder
-        self.raster, self.wrap = raster, wrap
+        self.raster, self.wrap, self.streamer = raster, wrap, streamer
         self.decoded: Decoded | None = None
 
     def __call__(
@@ -77,7 +80,7 @@ class custom_generate:
             ValueError: beam search, encoder-decoder models, or a processor that cannot look ahead.
             UserError: transformers is not installed.
         """
-        config = generation_config
+        config, streamer = generation_config, self.streamer if streamer is None else streamer
         _check(model, config)
         guidance, processors = _take_guidance(list(logits_processor or []), len(input_ids))
         first = {k: v for k, v in model_kwargs.items() if k not in _PREPARED and _says_something(v)}
