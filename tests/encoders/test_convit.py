@@ -237,33 +237,6 @@ def test_head_is_replaced_and_left_out() -> None:
     assert tiny(in_chans=1)(image(channels=1, batch=1)).shape == (1, 5)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = tiny().train()
-        model.set_grad_checkpointing(checkpointing)
-        model(image()).square().mean().backward()
-        found.append({k: p.grad for k, p in model.named_parameters()})
-    for key, gradient in found[0].items():
-        torch.testing.assert_close(found[1][key], gradient, atol=1e-6, rtol=1e-3)
-
-
-def test_half_precision_and_autocast_are_finite() -> None:
-    model = tiny()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.isfinite(model(100 * image())).all()
-    with torch.no_grad():
-        assert torch.isfinite(model.half()(100 * image().half())).all()
-
-
-def test_features_only_and_pruning() -> None:
-    arguments = {k: v for k, v in TINY.items() if k != "embed_dim"}
-    features = timm.create_model("convit_tiny_plus", features_only=True, out_indices=(0, 1), embed_dim=36, **arguments)
-    assert [f.shape for f in features(image())] == [(2, 36, 4, 4)] * 2
-    assert features.feature_info.reduction() == [8, 8]
-    assert not any("blocks.2" in key or "head" in key or "cls" in key for key in features.state_dict())
-
-
 def test_set_input_size_keeps_what_the_network_computes() -> None:
     model, x = tiny(), image(48, 40)
     with torch.no_grad():

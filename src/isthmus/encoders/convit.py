@@ -154,13 +154,14 @@ class GPSA(nn.Module):
 
     def _axes(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """The two factors of the positional attention, ``(h, H, H)`` and ``(h, W, W)``, in float32 at least."""
-        weight = self.pos_proj.weight
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)).view(-1, 3, 1, 1)
+        weight = torch.cat([self.pos_proj.weight, self.pos_proj.bias[:, None]], 1)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)).view(-1, 4, 1, 1)
         found = []
         for linear, side in ((1, grid[0]), (0, grid[1])):
             places = torch.arange(side, device=weight.device, dtype=weight.dtype)
             delta = places - places.view(-1, 1)  # key minus query
-            found.append((weight[:, linear] * delta + weight[:, 2] * delta.square()).softmax(-1))
+            # The bias cancels, but a parameter without a gradient stops training on several devices.
+            found.append((weight[:, linear] * delta + weight[:, 2] * delta.square() + weight[:, 3]).softmax(-1))
         return found[0], found[1]
 
     def _look_around(self, v: Tensor, grid: Grid) -> Tensor:

@@ -68,7 +68,7 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features, self.head_hidden_size = dims[-1], getattr(head, "num_features", dims[-1])
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(

@@ -9,6 +9,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from isthmus.encoders.pyramid import check_images
+
 
 class NamedStages(nn.Module):
     """A chain of stages and a head of stages; the last stage of the head is ``classifier``.
@@ -121,6 +123,20 @@ class NamedStages(nn.Module):
         intermediates = [found[i] for i in wanted]
         return intermediates if intermediates_only else (x, intermediates)
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: drop the stages after the last level asked for, and the head."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        names = list(self.stages)
+        deeper = names[names.index(self.feature_info[last]["stage"]) + 1 :]
+        for name in deeper:
+            del self.stages[name]
+        if prune_head or deeper:
+            self.head, self.num_classes = nn.ModuleDict({"classifier": nn.Identity()}), 0
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        return list(take)
+
     def get_classifier(self) -> nn.Module:
         """The last linear layer, or an identity where there is none."""
         return self.head["classifier"]
@@ -142,6 +158,8 @@ class NamedStages(nn.Module):
         return {"stem": r"^stages\.conv1\.", "blocks": r"^stages\.conv(\d+)"}
 
     def _stage(self, name: str, x: Tensor) -> Tensor:
+        if name == self.stage_names[0]:
+            check_images(x, self.in_chans)
         if self.grad_checkpointing and self.training:
             return checkpoint(self.stages[name], x, use_reentrant=False)  # type: ignore[return-value]
         return self.stages[name](x)
