@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
 from isthmus.codec import UserError
+from isthmus.encoders.aggregated_attention import AggregatedAttention, PlainAttention, unit
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.transnext import AggregatedAttention, ConvGLU, PlainAttention, TransNeXt, convert_official, unit
+from isthmus.encoders.transnext import ConvGLU, TransNeXt, convert_official
 from isthmus.engine.optim import param_groups
 from isthmus.layers.sparse_conv.check import check_leaks
 
