@@ -278,7 +278,7 @@ def classify(
         target = out / f"{source.stem}-class.png"
         if target in written:  # another folder's picture of the same name
             target = out / f"{source.stem}-{len(written)}-class.png"
-        _annotated(image, f"{classes[int(best.indices[0])]} ({float(best.values[0]):.0%})").savefig(target)
+        annotated(image, f"{classes[int(best.indices[0])]} ({float(best.values[0]):.0%})").savefig(target)
         written.append(target)
         found[str(source)] = {"class": classes[int(best.indices[0])], "probability": told, "picture": target.name}
     if len(written) == 1:
@@ -334,7 +334,7 @@ def convert_for_timm(
     raise UserError(f"{path} fits none of {', '.join(names)}: it has {len(shapes)} tensors of other names or sizes.")
 
 
-def _annotated(image: Tensor, caption: str) -> Figure:
+def annotated(image: Tensor, caption: str) -> Figure:
     height, width = image.shape[-2:]
     scale = max(2.0, min(6.0, width / 100)) / width
     figure = Figure(figsize=(width * scale, height * scale + 0.4), dpi=100, layout="constrained")
