@@ -64,6 +64,7 @@ def load(
     start: float = -0.1,
     stop: float = 0.7,
     jitter: float = 0.03,
+    widen: float = 1.6,
     evoked: float = 0.35,
     induced: float = 1.5,
     noise: float = 1.5,
@@ -83,7 +84,7 @@ def load(
         unseen: 1 takes the test stimuli from categories that training has not.
         energy, spread: see :class:`BrainSimulator`.
         picture: side of the pictures.
-        sensors, rate, start, stop, jitter, evoked, induced, noise, signal, geometry: see :class:`MEGSettings`.
+        sensors, rate, start, stop, jitter, widen, evoked, induced, noise, signal, geometry: see :class:`MEGSettings`.
 
     Raises:
         UserError: impossible sizes.
@@ -92,17 +93,17 @@ def load(
     if min(subjects, trials, stimuli, repeats, categories, features, picture) < 1 or unseen not in (0, 1):
         raise UserError(f"{name}: sizes must be 1 or more, and unseen 0 or 1.")
     try:
-        numbers = [float(v) for v in (energy, spread, rate, start, stop, jitter, evoked, induced, noise, signal)]
+        numbers = [float(v) for v in (energy, spread, rate, start, stop, jitter, evoked, induced, noise, signal, widen)]
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from error
-    energy, spread, rate, start, stop, jitter, evoked, induced, noise, signal = numbers
+    energy, spread, rate, start, stop, jitter, evoked, induced, noise, signal, widen = numbers
     if not (rate > 0 and start < 0 < stop and round((stop - start) * rate) > 1):
         raise UserError(
             f"{name}: the window must begin before 0 s and end after it, got {start} to {stop} s at {rate} Hz."
         )
     meg = MEGSettings(
         sensors=sensors, rate=rate, start=start, stop=stop, jitter=jitter, evoked=evoked, induced=induced,
-        noise=noise, signal=signal, geometry=geometry,
+        noise=noise, signal=signal, widen=widen, geometry=geometry,
     )  # fmt: skip
     try:
         simulator = BrainSimulator(subjects, features, energy, _seeded("anatomy", seed), spread=spread, meg=meg)
