@@ -71,7 +71,7 @@ class Mergeable(Pyramid):
         metamixer.reparameterize(self, fold_scales)
         self.deploy = True
         if "_timm_spec" in self.__dict__:  # a Codec that is saved now must be rebuilt in the merged form
-            self.__dict__["_timm_spec"]["kwargs"] |= {"deploy": True, **({"layer_scale": None} if fold_scales else {})}
+            self.__dict__["_timm_spec"]["kwargs"] |= {"deploy": True, **({"layer_scale": 0.0} if fold_scales else {})}
 
 
 class FFNet(Mergeable):
@@ -87,7 +87,7 @@ class FFNet(Mergeable):
         stem_width: channels between the two convolutions of the stem.
         activations: ``"gelu"`` or ``"relu"``, for every stage; one word is for all.
         squeeze_excite: for every stage, whether its even blocks have one; one truth value is for all.
-        layer_scale: initial γ of every residual; ``None`` leaves γ out.
+        layer_scale: initial γ of every residual; ``None`` or 0 leaves γ out.
         in_chans: channels of the input.
         num_classes: outputs of the head; 0 returns pooled features.
         global_pool: timm's name of the pooling.
@@ -158,7 +158,7 @@ class FFNet(Mergeable):
             dim, act = dims[stage], _ACTIVATIONS[acts[stage]]
             token = ffnified_attention(dim, key_kernels[stage], value_kernels[stage], act, deploy=deploy)
             channel = convolutional_ffn(dim, kernels[stage], mlp_ratios[stage], act, deploy=deploy)
-            return ffnet_block(dim, token, channel, drop_path, layer_scale, excite[stage] and number % 2 == 0)
+            return ffnet_block(dim, token, channel, drop_path, layer_scale or None, excite[stage] and number % 2 == 0)
 
         norm = nn.BatchNorm2d(dims[-1]) if tail_norm == "batch" else LayerNorm2d(dims[-1])
         super().__init__(
@@ -197,7 +197,7 @@ class FFNetSeg(Mergeable):
         mlp_ratios: hidden width of the channel mixer over that of the stage.
         stem_width: channels of the stem's first two convolutions.
         squeeze_excite: for every stage, whether its even blocks have one; one truth value is for all.
-        layer_scale: initial γ of every residual; ``None`` leaves γ out.
+        layer_scale: initial γ of every residual; ``None`` or 0 leaves γ out.
         in_chans: channels of the input.
         num_classes: outputs of the head; 0 returns its hidden layer.
         global_pool: timm's name of the pooling.
@@ -253,7 +253,7 @@ class FFNetSeg(Mergeable):
             channel = convolutional_ffn(
                 dim, kernels[stage], mlp_ratios[stage], operator=single_depthwise, deploy=deploy
             )
-            return ffnet_block(dim, token, channel, drop_path, layer_scale, excite[stage] and number % 2 == 0)
+            return ffnet_block(dim, token, channel, drop_path, layer_scale or None, excite[stage] and number % 2 == 0)
 
         stem = nn.Sequential(
             ConvNorm(in_chans, stem_width, 3, 2, deploy=deploy),
@@ -274,6 +274,65 @@ class FFNetSeg(Mergeable):
         )
         self.head_hidden_size = self.head.num_features
         self.deploy = deploy
+        self.init_weights()
+
+
+class MixerNet(Mergeable):
+    """A small pyramid of FFNet's blocks with any token mixer, to compare mixers in otherwise equal networks.
+
+    Stem and downsampling are one 3x3 convolution + BN each, so that any width follows any other.
+
+    Args:
+        mixer: ``mixer(dim, stage)`` makes the token mixer of a block, stages counted from 0.
+        depths: blocks of every stage.
+        dims: width of every stage.
+        kernel: of the channel mixers.
+        mlp_ratio: hidden width of the channel mixers over that of the stage.
+        stem_stride: input pixels a side of a cell of the first stage.
+        layer_scale: initial γ of every residual; ``None`` or 0 leaves γ out.
+        in_chans: channels of the input.
+        num_classes: outputs of the head; 0 returns pooled features.
+        drop_path_rate: of the last block; it grows linearly from 0.
+
+    Shapes: ``(B, in_chans, H, W)`` → ``(B, num_classes)``.
+
+    Raises:
+        ValueError: depths and dims of different lengths, an even kernel, a stem stride below 1.
+    """
+
+    def __init__(
+        self,
+        mixer: Callable[[int, int], nn.Module],
+        depths: Sequence[int] = (1, 1, 2, 1),
+        dims: Sequence[int] = (24, 48, 64, 96),
+        kernel: int = 3,
+        mlp_ratio: float = 3,
+        stem_stride: int = 2,
+        layer_scale: float | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        _check_lengths({"depths": depths, "dims": dims})
+        if stem_stride < 1:
+            raise ValueError(f"stem_stride {stem_stride}: it must be at least 1.")
+
+        def block(stage: int, number: int, drop_path: float) -> nn.Module:
+            channel = convolutional_ffn(dims[stage], kernel, mlp_ratio)
+            return ffnet_block(dims[stage], mixer(dims[stage], stage), channel, drop_path, layer_scale or None)
+
+        super().__init__(
+            _stages(depths, dims, lambda before, after: ConvNorm(before, after, 3, 2), block, drop_path_rate),
+            dims,
+            ClassifierHead(dims[-1], num_classes),
+            stem=nn.Sequential(ConvNorm(in_chans, dims[0], 3, stem_stride), nn.GELU()),
+            norm=nn.BatchNorm2d(dims[-1]),
+            reductions=[stem_stride * 2**i for i in range(len(dims))],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            channels_last=True,
+        )
+        self.deploy = False
         self.init_weights()
 
 
