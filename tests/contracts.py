@@ -15,6 +15,8 @@ from isthmus.bottlenecks.key_value import KeyValueBottleneck
 from isthmus.bottlenecks.splitters import RandomProjection
 from isthmus.codec import FeatureInfo, PassThrough
 from isthmus.decoders.digit_sequence import DigitSequence
+from isthmus.decoders.metamixer_head import MetaMixerHead
+from isthmus.decoders.metamixer_sr import MetaMixerSR
 from isthmus.decoders.necks import FPN, HorFPN
 from isthmus.decoders.probes import (
     AlexNetProbe,
@@ -29,6 +31,7 @@ from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.maxout_cnn import MaxoutCNN
+from isthmus.encoders.metamixer_forecaster import SeriesEncoder
 from isthmus.robustness.crop_selection import CropSelection
 
 Make = Callable[[], nn.Module]
@@ -94,6 +97,18 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         lambda: Backbone("convnext_tiny_k3_par1_4", depths=(1, 1, 1, 1), dims=(16, 16, 24, 32)),
         image(),
     ),
+    "metamixer": (
+        lambda: Backbone("metamixer_ffnet_2", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), stem_width=8),
+        image(),
+    ),
+    "metamixer segmentation": (
+        lambda: Backbone("metamixer_ffnet_seg", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), stem_width=8),
+        image(),
+    ),
+    "metamixer forecasting": (
+        lambda: SeriesEncoder(3, dims=(4, 6), depths=(1, 1), kernels=(13, 7), small_kernels=(5, 3)),
+        lambda g: torch.randn(2, 3, 50, generator=g),
+    ),
     "unireplknet": (lambda: Backbone("unireplknet_a", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), image()),
     "unireplknet hearing": (
         lambda: AsImage(
@@ -127,6 +142,11 @@ DECODERS: dict[str, tuple[Make, Feed]] = {
     "attentive probe": (lambda: AttentiveProbe(8, 5, num_heads=2), tokens(9, 8)),
     "vote": (lambda: Vote(5), pyramid((10, 8), (15, 4))),
     "flat head": (lambda: FlatHead(128, 5, hidden=8), pyramid((4, 8), (8, 4))),
+    "metamixer super-resolution": (lambda: MetaMixerSR(2, dim=8, depth=1), pyramid((3, 8))),
+    "metamixer segmentation head": (
+        lambda: MetaMixerHead((4, 6, 8), 5, width=8, depth=1, final_ratio=2),
+        pyramid((4, 8), (6, 4), (8, 2)),
+    ),
     "spark u-net": (lambda: SparKUNet([(4, 4), (8, 8)], width=16, output_stride=4), pyramid((4, 8), (8, 4))),
 }
 
