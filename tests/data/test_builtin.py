@@ -140,5 +140,24 @@ def test_limit_keeps_evenly_spaced_samples():
 
 def test_every_source_is_listed_with_a_summary():
     names = [source.name for source in data.sources()]
-    assert names == ["digits", "photos", "scenes", "textures", "fields", "brain", "random", "folder", "parquet", "hub", "shards"]
+    assert names == [
+        "digits",
+        "photos",
+        "scenes",
+        "street-numbers",
+        "textures",
+        "fields",
+        "brain",
+        "meg",
+        "sounds",
+        "signals",
+        "solids",
+        "clips",
+        "series",
+        "random",
+        "folder",
+        "parquet",
+        "hub",
+        "shards",
+    ]
     assert all(source.summary for source in data.sources())

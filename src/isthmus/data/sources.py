@@ -48,6 +48,7 @@ _SOURCES = {
         Source(
             "brain", "isthmus.data.brain", "", "simulated people look at things under MEG; brain?subjects=1&trials=200"
         ),
+        Source("meg", "isthmus.data.recordings", "path", "recordings: meg:subject1-epo.fif, .npz or .npy", True),
         Source("sounds", "isthmus.data.sounds", "kind", "a second of drawn sound, eight kinds of event; sounds:clicks"),
         Source("signals", "isthmus.data.signals", "kind", "two bumps in noise at four distances; signals:sinusoids"),
         Source("solids", "isthmus.data.solids", "points", "points on a sphere, cube, cone or torus, 256; solids:512"),

@@ -49,7 +49,7 @@ from isthmus.recipes._meg_decoding_trials import (
 )
 from isthmus.report import figures
 
-needs = ("signal", "subject?", "latent?", "label?", "image?")
+needs = ("signal", "subject?", "label?", "image?")
 
 
 @dataclass(frozen=True)
