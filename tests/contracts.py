@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
 from isthmus.bottlenecks.splitters import RandomProjection
+from isthmus.bottlenecks.vq import VQ
 from isthmus.codec import FeatureInfo, PassThrough
+from isthmus.decoders.conv_tokenizer import ConvDetokenizer
 from isthmus.decoders.digit_sequence import DigitSequence
 from isthmus.decoders.metamixer_head import MetaMixerHead
 from isthmus.decoders.metamixer_sr import MetaMixerSR
@@ -30,6 +32,7 @@ from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.conv_tokenizer import ConvTokenizer
 from isthmus.encoders.maxout_cnn import MaxoutCNN
 from isthmus.encoders.metamixer_forecaster import SeriesEncoder
 from isthmus.robustness.crop_selection import CropSelection
@@ -54,6 +57,7 @@ def tokens(count: int, width: int, batch: int = 2) -> Feed:
 
 
 ENCODERS: dict[str, tuple[Make, Feed]] = {
+    "image tokenizer": (lambda: ConvTokenizer(8, 4, width=4), image()),
     "timm resnet": (lambda: Backbone("resnet10t"), image()),
     "timm convnext": (lambda: Backbone("convnext_atto"), image()),
     "timm swin, channels last inside": (
@@ -125,6 +129,7 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
 
 BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
     "pass-through": (PassThrough, pyramid((4, 8), (8, 4))),
+    "vector quantisation": (lambda: VQ(16, 8), pyramid((8, 6))),
     "key-value": (
         lambda: KeyValueBottleneck(RandomProjection(8, 3, 4), 16, 5, topk=2).freeze_keys(),
         pyramid((4, 8), (8, 4)),
@@ -132,6 +137,7 @@ BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
 }
 
 DECODERS: dict[str, tuple[Make, Feed]] = {
+    "image detokenizer": (lambda: ConvDetokenizer(8, 4, width=4), pyramid((8, 6))),
     "digit sequence": (lambda: DigitSequence(8, grid=2, hidden=(6,)), pyramid((4, 8), (8, 4))),
     "linear probe": (lambda: LinearProbe(8, 5), pyramid((4, 8), (8, 4))),
     "linear probe of tokens": (lambda: LinearProbe(8, 5, token=0), tokens(9, 8)),

@@ -50,7 +50,5 @@ class ConvTokenizer(nn.Module):
         check_images(x, self.channels)
         height, width = x.shape[-2:]
         if height % self.reduction or width % self.reduction:
-            raise ValueError(
-                f"this tokenizer wants sides that {self.reduction} divides, got {height} x {width} pixels."
-            )
+            raise ValueError(f"the sides of an image must be multiples of {self.reduction}, got {height} x {width}.")
         return [self.out(self.body(x))]

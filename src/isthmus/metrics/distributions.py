@@ -54,7 +54,7 @@ def chi_square(counts: Tensor, probabilities: Tensor, least: float = 5.0) -> Chi
         groups_expected[0][rarest] += rest
     observed, wanted = torch.cat(groups_seen), torch.cat(groups_expected)
     if len(observed) < 2:
-        raise ValueError(f"only {len(observed)} group of outcomes is expected {least:g} times; draw more samples.")
+        raise ValueError(f"{len(observed)} groups of outcomes are expected {least:g} times, 2 are needed; draw more.")
     statistic = float(((observed - wanted) ** 2 / wanted).sum())
     return ChiSquare(statistic, len(observed) - 1, survival(statistic, len(observed) - 1))
 
