@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from functools import partial
 from typing import Any
 
@@ -15,12 +14,12 @@ from timm.layers import LayerNorm2d
 from timm.models import inception_next
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.inceptionnext import InceptionDWConv2d, PartialConv2d, accelerate, mixer
 from isthmus.encoders.metanext import MetaNeXt, reparameterize
 from isthmus.layers.sparse_conv.check import check_leaks
+from tests.encoders.flops import agrees, multiply_adds
 from tests.layers.test_reparam import trained
 
 SIZES: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
@@ -185,6 +184,18 @@ def test_any_size_gives_the_described_levels_rounded_down() -> None:
             assert level.shape[1:] == (info["num_chs"], *(side // info["reduction"] for side in size))
 
 
+def test_norm_stands_behind_the_mixer_and_scale_can_be_left_out() -> None:
+    """y = x + γ·MLP(BN(mixer(x))), one norm a block; without γ the rest is as it was."""
+    scaled, plain = tiny(), tiny(layer_scale=0)
+    assert all(block.gamma is None for stage in plain.stages for block in stage.blocks)
+    block, x = scaled.stages[1].blocks[0], image(8, 8, 16)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in block.modules()) == 1
+    with torch.no_grad():
+        close(block(x), x + block.gamma.view(-1, 1, 1) * block.mlp(block.norm(block.token_mixer(x))))
+        bare = plain.stages[1].blocks[0]
+        close(bare(x), x + bare.mlp(bare.norm(bare.token_mixer(x))))
+
+
 def test_mixers_know_their_stage_and_stems_their_stride() -> None:
     asked = []
 
@@ -249,23 +260,27 @@ def test_published_convnext_checkpoints_load() -> None:
     assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
 
 
-def test_published_sizes_and_flops() -> None:
-    """Multiply-adds in 1e9, to the digits of the paper's tables."""
+def test_published_flops() -> None:
+    """Products and convolutions alone are within one percent of the paper's tables, but for Atto; counting a norm, an
+    activation and a bias for every value too, as ptflops does, all sizes at 224 pixels have the published digits."""
     published = {
-        "inception_next_atto": (224, 0.51, 0.01),
-        "inception_next_tiny": (224, 4.2, 0.05),
-        "inception_next_small": (224, 8.4, 0.05),
-        "inception_next_base": (384, 43.6, 0.4),
-        "convnext_tiny": (224, 4.5, 0.05),
-        "inceptionnext_isotropic_small": (224, 4.2, 0.1),
-        "inceptionnext_isotropic_base": (224, 16.8, 0.1),
+        "inception_next_atto": (224, "0.51"),
+        "inception_next_tiny": (224, "4.2"),
+        "inception_next_small": (224, "8.4"),
+        "inception_next_base": (224, "14.9"),
+        "convnext_tiny": (224, "4.5"),
+        "inceptionnext_isotropic_small": (224, "4.2"),
+        "inceptionnext_isotropic_base": (224, "16.8"),
     }
-    with torch.device("meta"), warnings.catch_warnings():
-        for name, (size, billions, digits) in published.items():
-            model = timm.create_model(name).eval()
-            with FlopCounterMode(display=False) as counter:
-                model(torch.empty(1, 3, size, size))
-            assert counter.get_total_flops() / 2e9 == pytest.approx(billions, abs=digits), name
+    small = {nn.BatchNorm2d: 2, nn.GELU: 1, nn.Conv2d: 1}
+    for name, (size, billions) in published.items():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        assert name == "inception_next_atto" or agrees(multiply_adds(model, size), billions), name
+        if name.startswith("inception_next"):
+            assert f"{multiply_adds(model, size, small):.{len(billions.partition('.')[2])}f}" == billions, name
+    with torch.device("meta"):
+        assert agrees(multiply_adds(timm.create_model("inception_next_base"), 384), "43.6")
 
 
 def test_isotropic_network_keeps_one_resolution() -> None:
