@@ -152,7 +152,7 @@ class HCLT(nn.Module):
 
     def fit(
         self,
-        batches: Iterable[Tensor],
+        batches: Iterable[Tensor | tuple[Tensor, Tensor]],
         epochs: int = 40,
         step: float | tuple[float, float] | None = None,
         watch: Callable[[int, float], object] | None = None,
@@ -160,7 +160,8 @@ class HCLT(nn.Module):
         """Expectation maximisation.
 
         Args:
-            batches: tensors ``(B, D)`` of category numbers; gone through once an epoch.
+            batches: tensors ``(B, D)`` of category numbers, or pairs of them and what is observed of them, bool
+                ``(B, D)`` or ``(D,)``; gone through once an epoch. What is missing is summed out.
             epochs: passes over the batches.
             step: ``None``: one full M-step a pass. Otherwise mini-batch EM: after every batch the parameters move that
                 share of the way to those of the batch; a pair is annealed linearly from the first to the last pass.
@@ -175,7 +176,7 @@ class HCLT(nn.Module):
         for epoch in range(epochs):
             total, log_prob, samples = None, 0.0, 0
             for batch in batches:
-                flows = self.expected_counts(batch)
+                flows = self.expected_counts(*(batch if isinstance(batch, tuple) else (batch,)))
                 log_prob, samples = log_prob + flows.log_prob, samples + flows.samples
                 if first is not None and last is not None:
                     if flows.samples:
@@ -193,24 +194,30 @@ class HCLT(nn.Module):
         self._fitted.fill_(True)
         return self
 
-    def expected_counts(self, x: Tensor) -> Flows:
+    def expected_counts(self, x: Tensor, observed: Tensor | None = None) -> Flows:
         """The E-step: flows of samples ``(B, D)`` under the present parameters.
 
         Every sample sends a flow of 1 into the root; a sum gives child c the share ``w_c·value(c) / value(sum)``, a
-        product gives all of it to every child, and input k of variable v collects it at the observed category.
+        product gives all of it to every child, and input k of variable v collects it at the category observed there.
         """
-        self._check(x)
+        mask = None if observed is None else self._observed(x, observed)
+        self._check(x, mask)
         inputs, sums, root = (torch.zeros_like(t) for t in (self.inputs.mT.contiguous(), self.sums, self.root))
-        rows = inputs.view(-1, self.latents)
+        flat = inputs.view(-1, self.latents)
         offsets = torch.arange(len(self.parents), device=x.device)[:, None] * self.categories
         log_prob = 0.0
         tables = self._tables()
-        for chunk in x.split(_CHUNK):
-            values = self._up(chunk, None, tables)
+        for start in range(0, len(x), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            chunk, there = x[rows], None if mask is None else mask[rows]
+            values = self._up(chunk, there, tables)
             if not torch.isfinite(values.log_prob).all():
                 raise ValueError("a sample has probability 0 under this circuit; use a pseudocount above 0.")
             flow = self._down(values, sums, root)
-            rows.index_add_(0, (chunk.T + offsets).flatten(), flow.flatten(0, 1))
+            if there is not None:
+                chunk = torch.where(there, chunk, 0)
+                flow = flow * there.T[..., None]
+            flat.index_add_(0, (chunk.T + offsets).flatten(), flow.flatten(0, 1))
             log_prob += float(values.log_prob.sum())
         return Flows(inputs.mT, sums, root, log_prob, len(x))
 
