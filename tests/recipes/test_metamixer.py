@@ -1,0 +1,153 @@
+"""MetaMixer's recipe: networks that differ in the token mixer, merging, classifying, published files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from isthmus.codec import UserError
+from isthmus.data import load
+from isthmus.encoders.metamixer import MixerNet
+from isthmus.engine import Run, Training
+from isthmus.recipes import metamixer
+from isthmus.recipes.metamixer import Config, mixer
+from tests.encoders.test_metamixer import official, tiny
+
+NAMES = ("ffnified", "attention", "pooling", "depthwise", "identity", "hybrid")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    config = Config(
+        data="digits:16",
+        size=16,
+        depths=(1, 1),
+        dims=(16, 24),
+        mixers=("ffnified", "attention", "pooling"),
+        training=Training(steps=60, batch_size=32, lr=4e-3, weight_decay=0.05, warmup_steps=5),
+        latency_size=32,
+        rounds=1,
+        test_images=200,
+    )
+    with Run.quick(tmp_path_factory.mktemp("metamixer"), name="metamixer", config=config) as run:
+        metamixer.run(config, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def test_networks_differ_in_their_mixer(trained: tuple[Path, dict[str, Any]]) -> None:
+    metrics = {name: entry["value"] for name, entry in trained[1]["metrics"].items()}
+    assert metrics["accuracy_ffnified"] > 0.5, "chance is 0.1"
+    for other in ("attention", "pooling"):
+        difference = metrics["accuracy_ffnified"] - metrics[f"accuracy_{other}"]
+        assert metrics[f"accuracy_over_{other}"] == pytest.approx(difference)
+    assert metrics["merging_error"] < 1e-5
+    ratio = metrics["latency_ffnified"] / metrics["latency_attention"]
+    assert metrics["latency_ratio_to_attention"] == pytest.approx(ratio)
+    assert {"mixers", "latency", "confusion", "examples"} == {figure["name"] for figure in trained[1]["figures"]}
+
+
+def test_apply_classifies_pictures_with_the_first_network(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    test = load("digits:16", "test", ("image", "label"))
+    paths, labels = [], []
+    for i in range(12):
+        sample = test[i]
+        paths.append(tmp_path / f"{i}.png")
+        labels.append(str(int(sample["label"])))
+        Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(paths[-1])
+    written = metamixer.apply(trained[0], paths, tmp_path / "out")
+    told = json.loads(written[0].read_text())
+    assert len(written) == 13
+    assert sum(told[str(p)]["class"] == label for p, label in zip(paths, labels, strict=True)) >= 5, "chance is 1"
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_merged_networks_have_the_same_size(heads: int) -> None:
+    """Within the 5 % of the claim, and every mixer of its own within 7 % of FFNified attention."""
+    sizes, parts = {}, {}
+    for name in NAMES:
+        model = MixerNet(mixer(name, heads, 4), num_classes=8).eval()
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            nn.init.constant_(norm.running_mean, 0.1)  # type: ignore[arg-type]
+        model.reparameterize()
+        sizes[name] = sum(p.numel() for p in model.parameters())
+        mixers = [m for n, m in model.named_modules() if n.endswith("token_mixer.main")]
+        parts[name] = [sum(p.numel() for p in m.parameters()) for m in mixers]
+    assert max(sizes.values()) / min(sizes.values()) < 1.05
+    for name in NAMES:
+        assert all(abs(math.log(a / b)) < 0.07 for a, b in zip(parts[name], parts["ffnified"], strict=True))
+
+
+def test_only_identity_mixes_no_places() -> None:
+    for name in NAMES:
+        part = mixer(name, 2, 2)(8, 1).eval()
+        x = torch.zeros(1, 8, 9, 9)
+        x[..., 4, 4] = torch.randn(8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            away = (part(x) - part(torch.zeros_like(x)))[0, :, 5, 4].abs().max()
+        assert (float(away) > 1e-6) == (name != "identity"), name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(mixers=("ffnified", "mlp")), "no mixer 'mlp'; choose from ffnified, attention, hybrid"),
+        (Config(mixers=()), "no mixer to compare; name one in mixers, or a network in encoder"),
+        (Config(encoder="metamixer_ffnet_9", data="digits:32"), "timm has no model 'metamixer_ffnet_9'. Nearest"),
+    ],
+)
+def test_what_cannot_be_is_refused(config: Config, message: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=message),
+        Run.quick(tmp_path, name="metamixer", config=config) as run,
+    ):
+        metamixer.run(config, run)
+
+
+def test_any_network_of_timm_is_trained_alone(tmp_path: Path) -> None:
+    for name in ("metamixer_ffnet_1", "resnet10t"):
+        config = Config(
+            encoder=name,
+            data="random:32",
+            test_images=8,
+            rounds=0,
+            drop_path=0.1 if name.startswith("meta") else 0.0,
+            training=Training(steps=1, batch_size=4),
+        )
+        with Run.quick(tmp_path / name, name="metamixer", config=config) as run:
+            metamixer.run(config, run)
+        metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
+        assert {f"accuracy_{name}", f"parameters_{name}", "merging_error"} <= set(metrics)
+        assert metrics["merging_error"]["value"] < 1e-5
+
+
+def test_paper_setting_is_the_published_network() -> None:
+    config = Config.paper()
+    with torch.device("meta"):
+        (make,) = metamixer._makers(config).values()
+        assert sum(p.numel() for p in make(1000).parameters()) == 27_208_408
+    assert config.training.ema == 0.9995
+    assert (config.size, config.training.epochs, config.augmentation.mixup) == (256, 300, 0.2)
+
+
+def test_published_checkpoints_are_converted(tmp_path: Path) -> None:
+    """Sizes are told apart by their shapes."""
+    sizes = {"num_classes": 3}
+    network = timm.create_model("metamixer_ffnet_1", **sizes)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in official(network).items()}}, tmp_path / "ffnet_1.pth.tar")
+    out = metamixer.convert(tmp_path / "ffnet_1.pth.tar", tmp_path / "1.safetensors")
+    with safe_open(out, "pt") as file:
+        assert file.metadata() == {"timm": "metamixer_ffnet_1", "arguments": '{"num_classes": 3}'}
+        assert set(file.keys()) == set(network.state_dict())
+        assert all(torch.equal(v, file.get_tensor(k)) for k, v in network.state_dict().items())
+    torch.save(official(tiny()), tmp_path / "other.pth")
+    with pytest.raises(UserError, match="fits none of metamixer_ffnet_1"):
+        metamixer.convert(tmp_path / "other.pth", tmp_path / "x")
