@@ -129,9 +129,9 @@ class SpatialAttention(nn.Module):
         if positions.shape[-1] != self.axes:
             raise ValueError(f"positions must have {self.axes} coordinates, got {tuple(positions.shape)}.")
         positions = positions.to(self.heads.dtype)
-        if positions.ndim == 3 and len(positions) > 1 and not self.subjects:
-            layouts, place = positions.flatten(1).unique(dim=0, return_inverse=True)
-            if len(layouts) > 1:
+        if positions.ndim == 3 and not self.subjects:
+            if not bool((positions == positions[:1]).all()):
+                layouts, place = positions.flatten(1).unique(dim=0, return_inverse=True)
                 return self._softmax(layouts.view(-1, *positions.shape[1:]), self.heads, centre)[place]
             positions = positions[0]
         if not self.subjects:

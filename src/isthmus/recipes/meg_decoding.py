@@ -8,7 +8,7 @@ What is measured here, on simulated people whose truth is known: (A) when low-le
 decoded, by ridges on sliding and growing windows; (B) retrieval by the convnet against a ridge for each person, among
 few and many candidates, for stimuli of known and of unseen categories, from single trials and from averages. B is asked
 where part of the response is induced, its phase new in every trial, which no fixed linear read-out sees; with purely
-evoked responses, which a ridge reads almost as well as anything can, both are reported and nothing is claimed.
+evoked responses a ridge does far better and the convnet's edge shrinks: both are reported, and nothing is claimed.
 Predicted latents become pictures through their nearest neighbours and a small conditional decoder, and a stream of
 samples is decoded as it comes.
 """
