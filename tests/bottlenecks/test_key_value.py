@@ -98,6 +98,20 @@ def test_fitted_keys_are_nearer_to_the_data_than_drawn_ones(start: str) -> None:
     assert made.used_share > 0.8, "dead keys are put on data"
 
 
+def test_normal_keys_that_win_nothing_are_put_on_data_at_once() -> None:
+    """As published, where counts start at 0; a start of weight would leave most keys where no query is."""
+    data = 50 + _draw(256, 12)
+    torch.manual_seed(0)
+    made = KeyValueBottleneck(Chunk(12, 3), 512, 2).fit_keys([data], 1, "normal", _seeded()).freeze_keys()
+    assert made.keys.codes.mean() > 49
+    torch.manual_seed(0)
+    kept = KeyValueBottleneck(Chunk(12, 3), 512, 2, dead=0.0)
+    before = kept.keys.codes.clone()
+    kept.fit_keys([data], 1, "normal")
+    same = (kept.keys.codes - before).abs().amax(-1) < 0.02
+    assert same.float().mean() > 0.9, "without replacement, keys that win nothing stay where they are"
+
+
 def test_few_queries_and_used_up_iterators_are_told() -> None:
     made = KeyValueBottleneck(Chunk(12, 3), 64, 2)
     with pytest.warns(UserWarning, match="20 queries to start 64 keys"):

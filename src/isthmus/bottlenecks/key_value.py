@@ -161,20 +161,27 @@ class KeyValueBottleneck(nn.Module):
             for batch in batches:
                 queries = self._queries(self._tokens(batch)).transpose(0, 1).flatten(1, 2)  # (C, B·N, K)
                 number = queries.shape[1]
-                if steps == 0 and fresh and start != "normal":
-                    if number < self.num_codes:
-                        warnings.warn(
-                            f"{number} queries to start {self.num_codes} keys on: some start alike; "
-                            "give larger batches.",
-                            stacklevel=2,
-                        )
-                    self.keys.start(queries, 10 if start == "kmeans" else 0, generator)
-                number *= torch.distributed.get_world_size() if several_processes() else 1
-                self.keys.update(queries, generator, threshold=self.dead * number / self.num_codes)
+                world = torch.distributed.get_world_size() if several_processes() else 1
+                even = number * world / self.num_codes  # what each key wins where all win alike
+                if steps == 0 and fresh:
+                    self._start(queries, start, even, generator)
+                self.keys.update(queries, generator, threshold=self.dead * even)
                 steps += 1
         if not steps:
             raise ValueError("fit_keys got no batch; give embeddings, or call freeze_keys to keep random keys.")
         return self
+
+    def _start(self, queries: Tensor, start: Start, even: float, generator: torch.Generator | None) -> None:
+        """Put new keys where the first step finds them."""
+        if start == "normal":  # they weigh next to nothing: those that win nothing at once are dead
+            self.keys.place(self.keys.codes.clone(), torch.full_like(self.keys.counts, (self.dead or 0.1) * even))
+            return
+        if queries.shape[1] < self.num_codes:
+            warnings.warn(
+                f"{queries.shape[1]} queries to start {self.num_codes} keys on: some start alike; give larger batches.",
+                stacklevel=3,
+            )
+        self.keys.start(queries, 10 if start == "kmeans" else 0, generator)
 
     def freeze_keys(self) -> Self:
         """From here on the keys stay where they are, for ever."""
