@@ -1,0 +1,73 @@
+"""The recipe of LinearScopes: measures, pictures, explaining a person's pictures, a timm model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from isthmus.codec import UserError
+from isthmus.data import load
+from isthmus.engine import Run, Training
+from isthmus.recipes import linearscope
+from isthmus.recipes.linearscope import Config
+
+BRIEF = Training(steps=3, batch_size=16, optimizer="adam", lr=2e-3)
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    config = Config(width=4, looked_at=12, triplets=3, training=BRIEF, super_resolution=BRIEF)
+    with Run.quick(tmp_path_factory.mktemp("scope"), name="linearscope", config=config) as run:
+        linearscope.run(config, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def test_measures_exactness_and_what_biases_do(trained_run: tuple[Path, dict[str, Any]]) -> None:
+    metrics = {name: entry["value"] for name, entry in trained_run[1]["metrics"].items()}
+    assert metrics["fidelity"] < 1e-5
+    assert metrics["rows_error"] < 1e-4
+    assert metrics["derivative_over_ratio"] > 100
+    assert metrics["accuracy_bias_free"] == metrics["accuracy_bias_free_without_r"]
+    assert metrics["residual_share_super_resolution"] > 0
+    assert {"votes", "filters", "super_resolution", "autoencoder"} <= {f["name"] for f in trained_run[1]["figures"]}
+
+
+def test_apply_explains_pictures(trained_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    image = load("digits:20", "test")[3]["image"].permute(1, 2, 0).numpy()
+    Image.fromarray(image).save(tmp_path / "a.png")
+    (tmp_path / "no.txt").write_text("no picture")
+    written = linearscope.apply(trained_run[0], [tmp_path / "a.png", tmp_path / "no.txt"], tmp_path / "out")
+    assert [path.name for path in written] == ["scopes.json", "a-scope.png"]
+    entry = json.loads(written[0].read_text())[str(tmp_path / "a.png")]
+    assert entry["logit"] == pytest.approx(entry["from_pixels"] + entry["from_constants"], abs=1e-4)
+    assert entry["from_constants"] == pytest.approx(sum(entry["constants_by_layer"].values()), abs=1e-4)
+    with pytest.raises(UserError, match="none of the inputs"):
+        linearscope.apply(trained_run[0], [tmp_path / "no.txt"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_looks_into_a_timm_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "mine.safetensors")
+    config = Config(encoder="resnet10t", checkpoint=str(tmp_path / "mine.safetensors"), size=32, looked_at=2)
+    with Run.quick(tmp_path, name="linearscope", config=config) as run:
+        linearscope.run(config, run)
+    assert json.loads((run.dir / "report.json").read_text())["metrics"]["fidelity_classifier"]["value"] < 1e-5
+    assert not run.phases
+
+
+def test_says_what_is_wrong(tmp_path: Path) -> None:
+    with Run.quick(tmp_path, name="linearscope") as run:
+        with pytest.raises(UserError, match="--size must be even"):
+            linearscope.run(Config(size=7), run)
+        with pytest.raises(UserError, match="refuse or freeze"):
+            linearscope.run(Config(gates="melt"), run)
+        with pytest.raises(UserError, match="there is no checkpoint"):
+            linearscope.run(Config(encoder="resnet10t", checkpoint="none.pth"), run)
