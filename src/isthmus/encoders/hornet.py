@@ -62,14 +62,18 @@ class HorNetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` → the same."""
-        y = self.gnconv(self.norm1(x))
-        if self.gamma1 is not None:
-            y = y * self.gamma1.view(-1, 1, 1)
-        x = x + self.drop_path(y)
-        y = self.pwconv2(self.act(self.pwconv1(self.norm2(x.permute(0, 2, 3, 1)))))
-        if self.gamma2 is not None:
-            y = y * self.gamma2
-        return x + self.drop_path(y.permute(0, 3, 1, 2))
+        x = self._add(x, self.gnconv(self.norm1(x)), self.gamma1, (-1, 1, 1))
+        x = x.permute(0, 2, 3, 1)
+        x = self._add(x, self.pwconv2(self.act(self.pwconv1(self.norm2(x)))), self.gamma2, (-1,))
+        return x.permute(0, 3, 1, 2)
+
+    def _add(self, x: Tensor, y: Tensor, gamma: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """x + DropPath(γ y), in one pass where nothing is dropped."""
+        if gamma is None:
+            return x + self.drop_path(y)
+        if self.training and not isinstance(self.drop_path, nn.Identity):
+            return x + self.drop_path(y * gamma.view(shape))
+        return torch.addcmul(x, y, gamma.view(shape))
 
 
 class HorNet(convnext.ConvNeXt):
