@@ -87,9 +87,10 @@ def same_marginals(
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise ValueError(f"two sets of sequences (N, T) and (M, T) are wanted, got {tuple(a.shape)}, {tuple(b.shape)}.")
     both = torch.cat([a, b]).cpu()
-    flags = torch.nn.functional.one_hot(both, vocabulary).flatten(1).float()
+    cells = both + vocabulary * torch.arange(both.shape[1])
+    seen, cells = cells.unique(return_inverse=True)  # the others are empty on both sides
+    flags = torch.zeros(len(both), len(seen)).scatter_(1, cells, 1.0)
     totals = flags.sum(0)
-    flags, totals = flags[:, totals > 0], totals[totals > 0]
     order = torch.rand(rounds, len(both), generator=generator).argsort(1)
     sides = torch.zeros(rounds + 1, len(both))
     sides[0, : len(a)] = 1

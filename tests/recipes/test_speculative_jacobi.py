@@ -1,0 +1,170 @@
+"""The recipe of speculative Jacobi decoding, small: what it measures, what it draws, new pictures, resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from isthmus.codec import UserError
+from isthmus.data import Memory
+from isthmus.engine import Run, Training
+from isthmus.engine.options import RunOptions
+from isthmus.recipes import _image_tokens as shared
+from isthmus.recipes import speculative_jacobi
+from isthmus.recipes._image_tokens import ImageTokens, NextToken, PriorConfig, TokenizerConfig
+from isthmus.recipes.speculative_jacobi import Config
+
+pytest.importorskip("transformers")
+
+SMALL = Config(
+    data="digits",
+    tokenizer=TokenizerConfig(size=8, reduction=2, codes=12, dim=4, width=8),
+    prior=PriorConfig(layers=1, width=32),
+    tokenizer_training=Training(steps=15, batch_size=32, lr=3e-3),
+    prior_training=Training(steps=25, batch_size=32, lr=5e-3),
+    window=4,
+    windows=(2, 6),
+    starts=("random", "repeat_vertical"),
+    guidance=1.5,
+    top_k=9,
+    images=4,
+    compared=20,
+    sequences=5000,
+    prompts=3,
+    timed=1,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    with Run.quick(tmp_path_factory.mktemp("sj"), name="speculative-jacobi", config=SMALL) as run:
+        speculative_jacobi.run(SMALL, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def picture(path: Path, height: int = 8, width: int = 8) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)).save(path)
+    return path
+
+
+def test_it_measures_exactness_passes_and_identity(trained: tuple[Path, dict[str, Any]]) -> None:
+    metrics = {name: entry["value"] for name, entry in trained[1]["metrics"].items()}
+    assert metrics["exactness_p"] > 0.01
+    assert metrics["residual_forgotten_p"] < 1e-6
+    assert metrics["newest_as_draft_p"] < 1e-6
+    assert metrics["greedy_identical"] == 1
+    assert 1 / 4 <= metrics["passes_per_token"] < 1
+    assert metrics["passes_per_token"] < metrics["matching_passes_per_token"] <= 1
+    assert metrics["passes_per_token_random_6"] <= metrics["passes_per_token_random_2"]
+    assert metrics["marginals_p"] > 0.001
+    assert 0 < metrics["bits_per_token"] < np.log2(12) + 0.5
+    assert metrics["seconds_ratio"] == pytest.approx(metrics["seconds_ordinary"] / metrics["seconds_windows"])
+    assert {"tokenizer", "passes", "settled", "samples"} <= {figure["name"] for figure in trained[1]["figures"]}
+
+
+def test_apply_completes_pictures_of_any_size_and_draws_new_ones(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    inputs = [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", 31, 12)]
+    (tmp_path / "sub").mkdir()
+    inputs += [picture(tmp_path / "sub" / "a.png", 9, 40), tmp_path / "note.txt"]
+    inputs[-1].write_text("no picture")
+    written = speculative_jacobi.apply(trained[0], inputs, tmp_path / "out")
+    assert [path.name for path in written] == ["a-completed.png", "b-completed.png", "a-2-completed.png", "new.png"]
+    with Image.open(written[1]) as drawn:
+        assert drawn.size == (6 * 50 + 2, 52), "the picture, its upper half, four completions"
+    with pytest.raises(UserError, match=r"none of the inputs is an image \(.*note.txt"):
+        speculative_jacobi.apply(trained[0], [tmp_path / "note.txt"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="run the recipe to its end first"):
+        speculative_jacobi.apply(tmp_path / "empty", inputs, tmp_path / "out")
+
+
+def test_completions_keep_the_upper_half(trained: tuple[Path, dict[str, Any]]) -> None:
+    tokens = ImageTokens.load(trained[0])
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    decoder = speculative_jacobi.SpeculativeJacobi(4, start="repeat_vertical")
+    sampling = speculative_jacobi.Sampling(raster=tokens.raster)
+    got = []
+    original = tokens.pictures
+
+    def spy(codes: torch.Tensor) -> torch.Tensor:
+        got.append(codes)
+        return original(codes)
+
+    tokens.pictures = spy  # type: ignore[method-assign]
+    speculative_jacobi._completions(tokens, image, decoder, sampling, torch.Generator().manual_seed(0))
+    assert got[0].shape == (5, 16)
+    assert bool((got[0][:, :8] == got[0][:1, :8]).all())
+    assert int(got[0].max()) < 12
+
+
+def test_a_finished_run_is_loaded_and_measures_the_same(trained: tuple[Path, dict[str, Any]]) -> None:
+    options = RunOptions(out=trained[0], accelerator="cpu", quiet=True, tensorboard=False, resume=True)
+    with Run("speculative-jacobi", SMALL, options) as run:
+        speculative_jacobi.run(SMALL, run)
+    again = json.loads((run.dir / "report.json").read_text())["metrics"]
+    for name, entry in trained[1]["metrics"].items():
+        if "seconds" not in name:
+            assert again[name]["value"] == entry["value"], name
+
+
+def test_pictures_without_labels_make_a_prior_without_classes(tmp_path: Path) -> None:
+    images = torch.randint(0, 255, (30, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    few = Training(steps=2, batch_size=8)
+    with Run.quick(tmp_path, name="speculative-jacobi") as run:
+        tokens = shared.train(run, Memory("own", {"image": images}), SMALL.tokenizer, SMALL.prior, few, few)
+    assert tokens.classes == []
+    assert tokens.guidance(3.0) is None
+    assert tokens.prompt(4).tolist() == [[12]] * 4
+    assert tokens.prior.config.vocab_size == 13
+    again = ImageTokens.load(run.dir)
+    codes = tokens.tokens(images[:2].float() / 255)
+    assert torch.equal(again.tokens(images[:2].float() / 255), codes)
+    assert torch.equal(again.pictures(codes), tokens.pictures(codes))
+
+
+def test_a_timm_network_serves_as_encoder_of_the_tokenizer() -> None:
+    codec = shared.make_codec(TokenizerConfig(size=32, reduction=4, codes=9, width=8, encoder="resnet10t"))
+    out = codec.eval()(torch.rand(2, 3, 32, 32))
+    assert out.prediction.shape == (2, 3, 32, 32)
+    assert out.code.indices.shape == (2, 8, 8)
+
+
+def test_next_token_hides_classes_and_predicts_what_follows() -> None:
+    class Echo(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            self.fed = input_ids
+            logits = torch.nn.functional.one_hot(input_ids + 1, 20).float() * 50
+            return type("Out", (), {"logits": logits})
+
+    echo = Echo()
+    batch = {"tokens": torch.tensor([[11, 12, 13], [10, 11, 12]]), "label": torch.tensor([2, 1])}
+    objective = NextToken(echo, codes=8, classes=4)
+    assert float(objective(batch, torch.Generator()).loss) == pytest.approx(0, abs=1e-6)
+    assert echo.fed.tolist() == [[10, 11, 12], [9, 10, 11]]
+    NextToken(echo, 8, 4, drop=1.0)(batch, torch.Generator())
+    assert echo.fed[:, 0].tolist() == [12, 12]
+    NextToken(echo, 8, 0)({"tokens": batch["tokens"]}, torch.Generator())
+    assert echo.fed[:, 0].tolist() == [8, 8]
+
+
+def test_impossible_settings_and_damaged_files_are_told(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    few, source = Training(steps=1), Memory("own", {"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)})
+    with Run.quick(tmp_path, name="speculative-jacobi") as run:
+        with pytest.raises(UserError, match="size 9 must be a multiple of the reduction 2"):
+            shared.train(run, source, TokenizerConfig(size=9), SMALL.prior, few, few)
+        with pytest.raises(UserError, match="sequences must be at least 5000"):
+            speculative_jacobi.run(Config(sequences=10), run)
+    for name in ("tokenizer", "prior.safetensors"):
+        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(b"")
+    (tmp_path / "copy" / "tokens.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged"):
+        ImageTokens.load(tmp_path / "copy")
