@@ -205,8 +205,8 @@ def _exact(config: Config, run: Run) -> None:
     found = exactness.verdicts(config.sequences, torch.Generator().manual_seed(run.generator("chain").initial_seed()))
     run.metric("exactness_p", found["exact"].p_value, published="exact by construction")
     run.metric("exactness_chi_square_per_degree", found["exact"].statistic / found["exact"].degrees)
-    for name in ("residual_forgotten", "newest_as_draft"):
-        run.metric(f"{name}_p", found[name].p_value)
+    run.metric("residual_forgotten_p", found["residual_forgotten"].p_value)
+    run.metric("newest_as_draft_p", found["newest_as_draft"].p_value)
     run.log(
         f"Chain of known distribution: p = {found['exact'].p_value:.3f}; broken samplers "
         f"{found['residual_forgotten'].p_value:.1e} and {found['newest_as_draft'].p_value:.1e}."
