@@ -66,7 +66,7 @@ def nearest(
             codes = F.normalize(codes, dim=-1)
         index, found = _search(x, codes, count, metric, valid, dtype, chunk)
         score = _score(x, codes, index, metric, dtype)
-        score = score.masked_fill(~found, -math.inf)
+        score = score if found is None else score.masked_fill(~found, -math.inf)
     index, score = index.reshape(*lead, n, count), score.reshape(*lead, n, count)
     return (index, score) if topk is not None else (index[..., 0], score[..., 0])
 
@@ -324,49 +324,64 @@ class EMACodebook(nn.Module):
 
 def _search(
     x: Tensor, codes: Tensor, count: int, metric: Metric, valid: Tensor | None, dtype: torch.dtype, chunk: int | None
-) -> tuple[Tensor, Tensor]:
-    """Best codes of ``x (G, N, D)`` among ``codes (G, K, D)``: index ``(G, N, count)``, and whether there is one.
+) -> tuple[Tensor, Tensor | None]:
+    """Best codes of ``x (G, N, D)`` among ``codes (G, K, D)``: index ``(G, N, count)``; with ``valid``, if there is one.
 
-    Every code becomes a row (2k, -|k|²), so that one product with the columns (q, 1) is the whole score but for -|q|².
-    Codes stand in blocks: a pass without indices finds the best of each block, and only one block is looked at again.
+    Every code becomes a row (k, -|k|²/2), so that one product with the columns (q, 1) orders the codes of a query as
+    their distances do. Codes stand in blocks: a pass without indices finds the best of each block, and only one block
+    is looked at again. Everything is done for as few codebooks and queries at a time as fit the cache.
     """
     groups, n, _ = x.shape
     size = codes.shape[1]
     block = 1 << (size.bit_length() // 2) if size >= 64 else size  # about the root: two short searches
-    padding = -size % block
-    centre = codes.mean(1, keepdim=True) if metric == "euclidean" else codes.new_zeros(())
-    moved = codes - centre
-    table = codes.new_zeros(groups, size + padding, codes.shape[-1] + 1)
-    table[:, :size, :-1] = 2 * moved if metric == "euclidean" else moved
-    table[:, :size, -1] = -moved.square().sum(-1) if metric == "euclidean" else 0
-    table[:, size:, -1] = -math.inf
-    if valid is not None:
-        table[:, :size, -1].masked_fill_(~valid, -math.inf)
-
+    length = size + -size % block
     if chunk is None:
         chunk = 2**18 * min(torch.get_num_threads(), 8) if x.device.type == "cpu" else 2**25
-    columns = max(1, min(n, max(16, chunk // table.shape[1])))
-    together = max(1, min(groups, chunk // (table.shape[1] * columns)))
+    columns = max(1, min(n, max(16, chunk // length)))
+    together = max(1, min(groups, chunk // (length * columns)))
     index = torch.empty(groups, count, n, dtype=torch.int64, device=x.device)
-    found = torch.ones(groups, count, n, dtype=torch.bool, device=x.device)
-    limited = valid is not None
+    found = None if valid is None else torch.empty(index.shape, dtype=torch.bool, device=x.device)
+    scores = x.new_empty(0, dtype=dtype)
     for g in range(0, groups, together):
+        some = slice(g, g + together)
+        rows, centre = _rows(codes[some], length, metric, None if valid is None else valid[some])
         for i in range(0, n, columns):
-            query = x[g : g + together, i : i + columns].to(dtype)
-            query = query - centre[g : g + together] if metric == "euclidean" else query
-            query = F.pad(query, (0, 1), value=1.0).transpose(1, 2)
-            rows = table[g : g + together]
-            if query.numel() * rows.shape[1] <= 2**16:  # kernels of tiny products round equal rows differently
+            where = (some, slice(None), slice(i, i + columns))
+            query = x[some, i : i + columns].to(dtype)
+            query = F.pad(query if centre is None else query - centre, (0, 1), value=1.0).transpose(1, 2)
+            if query.numel() * length <= 2**16:  # kernels of tiny products round equal rows differently
                 scores = (rows[:, :, :, None] * query[:, None]).sum(2)
             else:
-                scores = torch.bmm(rows, query)
-            scores = scores.unflatten(1, (-1, block))  # (g, blocks, block, n)
-            for j, (best, place) in enumerate(_best(scores, count)):
-                index[g : g + together, j, i : i + columns] = place
-                if limited:
-                    found[g : g + together, j, i : i + columns] = best > -math.inf
-    index, found = index.transpose(1, 2), found.transpose(1, 2)
-    return (index.where(found, 0) if limited else index), found
+                shape = (len(rows), length, query.shape[2])
+                scores = scores if scores.shape == shape else scores.new_empty(shape)
+                torch.bmm(rows, query, out=scores)
+            for j, (best, place) in enumerate(_best(scores.unflatten(1, (-1, block)), count)):
+                index[where][:, j] = place
+                if found is not None:
+                    found[where][:, j] = best > -math.inf
+    if found is not None:
+        index.masked_fill_(~found, 0)
+        found = found.transpose(1, 2)
+    return index.transpose(1, 2), found
+
+
+def _rows(codes: Tensor, length: int, metric: Metric, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows ``(G, length, D + 1)`` that score ``(G, K, D)``, those too many with -inf; and what to take off queries."""
+    groups, size, dim = codes.shape
+    rows = codes.new_empty(groups, length, dim + 1)
+    centre = None
+    if metric == "euclidean":
+        centre = codes.mean(1, keepdim=True)
+        torch.sub(codes, centre, out=rows[:, :size, :dim])
+        rows[:, :size, dim] = rows[:, :size, :dim].square().sum(-1).mul_(-0.5)
+    else:
+        rows[:, :size, :dim] = codes
+        rows[:, :size, dim] = 0
+    rows[:, size:, :dim] = 0
+    rows[:, size:, dim] = -math.inf
+    if valid is not None:
+        rows[:, :size, dim].masked_fill_(~valid, -math.inf)
+    return rows, centre
 
 
 def _best(scores: Tensor, count: int):
