@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from isthmus.data import Memory
 from isthmus.engine import Run, Training
 from isthmus.engine.options import RunOptions
 from isthmus.recipes import _image_tokens as shared
-from isthmus.recipes import speculative_jacobi
+from isthmus.recipes import _speculative_jacobi_model, speculative_jacobi
 from isthmus.recipes._image_tokens import ImageTokens, NextToken, PriorConfig, TokenizerConfig
 from isthmus.recipes.speculative_jacobi import Config
 
@@ -168,3 +169,21 @@ def test_impossible_settings_and_damaged_files_are_told(trained: tuple[Path, dic
     (tmp_path / "copy" / "tokens.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
         ImageTokens.load(tmp_path / "copy")
+
+
+def test_a_model_of_somebody_else_is_decoded_with_and_without_windows(tmp_path: Path) -> None:
+    from isthmus.priors.tiny_lm import tiny_llama
+
+    torch.manual_seed(0)
+    tiny_llama(30, 1, 16, length=40).save_pretrained(tmp_path / "model")
+    config = dataclasses.replace(SMALL, model=str(tmp_path / "model"), timed=2)
+    with Run.quick(tmp_path, name="speculative-jacobi", config=config) as run:
+        speculative_jacobi.run(config, run)
+    metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
+    assert metrics["greedy_identical"]["value"] == 1
+    assert 1 / 6 <= metrics["passes_per_token_random_6"]["value"] <= 1
+    assert metrics["seconds_generate"]["value"] > 0
+    assert "passes_per_token_repeat_vertical_6" not in metrics, "text has no lines"
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="no causal model that transformers can load"):
+        _speculative_jacobi_model.load(str(tmp_path / "nothing"))

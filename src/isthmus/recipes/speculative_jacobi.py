@@ -38,6 +38,7 @@ from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.engine import Run, Training, read_config
 from isthmus.metrics.distributions import same_marginals, sliced_wasserstein
 from isthmus.recipes import _speculative_exactness as exactness
+from isthmus.recipes import _speculative_jacobi_model as foreign
 from isthmus.recipes import _token_figures as figures
 from isthmus.recipes._image_tokens import (
     ImageTokens,
@@ -65,6 +66,8 @@ class Config:
 
     data: str = "digits:16"
     """Pictures; any source will do. Labels make the prior conditional on classes."""
+    model: str = ""
+    """A causal model of transformers (a folder or a name on the hub) that is decoded in place of one trained here."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer."""
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -133,6 +136,9 @@ class Config:
 def run(config: Config, run: Run) -> None:
     """Judge exactness, train, and compare decoding with and without windows."""
     _exact(config, run)
+    if config.model:
+        _somebody_elses(config, run)
+        return
     source = load(config.data, "train", needs, run.seed)
     run.log(f"{config.data}: {len(source)} pictures.")
     pictures = train(run, source, config.tokenizer, config.prior, config.tokenizer_training, config.prior_training)
@@ -211,6 +217,13 @@ def _exact(config: Config, run: Run) -> None:
         f"Chain of known distribution: p = {found['exact'].p_value:.3f}; broken samplers "
         f"{found['residual_forgotten'].p_value:.1e} and {found['newest_as_draft'].p_value:.1e}."
     )
+
+
+def _somebody_elses(config: Config, run: Run) -> None:
+    settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    model = foreign.load(config.model)
+    foreign.compare(run, model, settings, config.windows, config.starts, config.prompts, config.timed)
+    run.note(f"{config.model} was decoded with and without windows; nothing was trained.")
 
 
 class _Bench:
