@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from isthmus.encoders.metanext import MetaNeXt
 from isthmus.encoders.pyramid import imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
+from isthmus.layers.pointwise import PointwiseConv
 from isthmus.layers.reparam import embed_kernel
 
 _LARGE = 2**15  # elements of a branch from which DepthwiseConv's own gradients beat the library's for a 1 x b kernel
@@ -117,9 +118,10 @@ class PartialConv2d(nn.Module):
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Put our mixer in the place of timm's, in place: same parameters, same names, same numbers.
+    """Put our mixer and our 1x1 convolutions in the place of timm's, in place: same parameters, names and numbers.
 
-    Mixers with a dilation (``output_stride`` below 32) stay timm's.
+    On CPUs the mixers are but a few percent of the time; what counts are the 1x1 convolutions of the MLPs
+    (:mod:`isthmus.layers.pointwise`). Mixers with a dilation (``output_stride`` below 32) stay timm's.
 
     Raises:
         ValueError: the model has no mixer of timm's InceptionNeXt.
@@ -141,6 +143,14 @@ def accelerate(model: nn.Module) -> nn.Module:
             setattr(parent, name, ours.train(mixer.training))
     if not found:
         raise ValueError(f"{type(model).__name__} has no mixer of timm's InceptionNeXt.")
+    for block in model.modules():
+        if isinstance(block, inception_next.MetaNeXtBlock):
+            for name in ("fc1", "fc2"):
+                theirs = getattr(block.mlp, name)
+                if type(theirs) is nn.Conv2d:
+                    mine = PointwiseConv(theirs.in_channels, theirs.out_channels)
+                    mine.weight, mine.bias = theirs.weight, theirs.bias
+                    setattr(block.mlp, name, mine.train(theirs.training))
     return model
 
 

@@ -123,10 +123,10 @@ def depthwise_conv2d(
     return _same(x, weight, bias, dilation)
 
 
-def _is_slow_case(x: Tensor, weight: Tensor, dilation: int) -> bool:
-    """Whether ``conv2d`` would take one of oneDNN's slow roads.
+def is_plain_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer may take another road than the library's: float32 on a CPU, with nobody watching.
 
-    Compilers, tracers, counters, tensor subclasses and interceptors of torch functions all get to see ``conv2d``.
+    Compilers, tracers, counters, tensor subclasses and interceptors of torch functions all get to see the library's.
     """
     return (
         not torch.compiler.is_compiling()
@@ -134,12 +134,16 @@ def _is_slow_case(x: Tensor, weight: Tensor, dilation: int) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and (weight.shape[-1] * weight.shape[-2] > 9 or dilation > 1)
-        and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not is_in_torch_dispatch_mode()
         and not torch._C._is_torch_function_mode_enabled()
     )
+
+
+def _is_slow_case(x: Tensor, weight: Tensor, dilation: int) -> bool:
+    """Whether ``conv2d`` would take one of oneDNN's slow roads."""
+    large = weight.shape[-1] * weight.shape[-2] > 9 or dilation > 1
+    return large and torch.backends.mkldnn.is_available() and is_plain_cpu(x, weight)
 
 
 def _padding(weight: Tensor, dilation: int) -> Pair:
