@@ -8,9 +8,10 @@
 of a 224 px image. *Networks*: HorNet-T 7x7 and GF, with the same weights and the same numbers coming out; and timm's
 ConvNeXt-T and ResNet-50 for orientation.
 
-The limit: HorNet-T has 3.97 (GF 3.89) billion multiply-adds at 224 px, 88 % of them in matrix products, which the
-transcription computes with the same library. What ours leaves out is memory traffic (maps stay channels last, so that
-layer norms and linear layers need no copies; s is in the kernel) and the slow gradient of depthwise kernels.
+The limit: HorNet-T has 3.97 billion multiply-adds at 224 px (GF 3.89 without its transforms), 96 % of them in matrix
+products that the transcription computes with the same library, so a forward pass can win little. What ours leaves out
+is memory traffic (maps stay channels last, so that norms and linear layers need no copies; s is in the kernel, γ in the
+sum) and, in training, the slow gradient of depthwise kernels.
 """
 
 from __future__ import annotations
