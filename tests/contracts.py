@@ -33,6 +33,7 @@ from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.conv_tokenizer import ConvTokenizer
+from isthmus.encoders.embedding import Embedding
 from isthmus.encoders.maxout_cnn import MaxoutCNN
 from isthmus.encoders.metamixer_forecaster import SeriesEncoder
 from isthmus.robustness.crop_selection import CropSelection
@@ -125,6 +126,7 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         image(32),
     ),
     "crop selection": (lambda: CropSelection(Backbone("resnet10t"), 48, size=64), image()),
+    "embedding of a backbone": (lambda: Embedding(Backbone("resnet10t"), 512), image()),
 }
 
 BOTTLENECKS: dict[str, tuple[Make, Feed]] = {

@@ -325,7 +325,7 @@ class EMACodebook(nn.Module):
 def _search(
     x: Tensor, codes: Tensor, count: int, metric: Metric, valid: Tensor | None, dtype: torch.dtype, chunk: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Best codes of ``x (G, N, D)`` among ``codes (G, K, D)``: index ``(G, N, count)``; with ``valid``, if there is one.
+    """Best codes of ``x (G, N, D)`` among ``codes (G, K, D)``: index ``(G, N, count)``, and with ``valid`` if any.
 
     Every code becomes a row (k, -|k|²/2), so that one product with the columns (q, 1) orders the codes of a query as
     their distances do. Codes stand in blocks: a pass without indices finds the best of each block, and only one block
