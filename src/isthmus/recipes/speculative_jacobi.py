@@ -57,7 +57,7 @@ from isthmus.samplers.speculative_jacobi import SpeculativeJacobi
 
 needs = ("image", "label?")
 TOKENIZER = Training(steps=100, batch_size=64, lr=2e-3, warmup_steps=10)
-PRIOR = Training(steps=100, batch_size=32, lr=2e-3, weight_decay=0.05, warmup_steps=15, clip=1.0)
+PRIOR = Training(steps=80, batch_size=32, lr=2e-3, weight_decay=0.05, warmup_steps=15, clip=1.0)
 
 
 @dataclass(frozen=True)
