@@ -17,6 +17,7 @@ from isthmus.bottlenecks.vq import VQ
 from isthmus.codec import FeatureInfo, PassThrough
 from isthmus.decoders.conv_tokenizer import ConvDetokenizer
 from isthmus.decoders.digit_sequence import DigitSequence
+from isthmus.decoders.ffnet_head import FFNetHead
 from isthmus.decoders.metamixer_head import MetaMixerHead
 from isthmus.decoders.metamixer_sr import MetaMixerSR
 from isthmus.decoders.necks import FPN, HorFPN
@@ -58,6 +59,10 @@ def tokens(count: int, width: int, batch: int = 2) -> Feed:
 
 
 ENCODERS: dict[str, tuple[Make, Feed]] = {
+    "ffnet": (
+        lambda: Backbone("ffnet46ns", layers=(1, 1, 1), widths=(4, 8, 12, 16), stem=(4, 4)),
+        image(),
+    ),
     "image tokenizer": (lambda: ConvTokenizer(8, 4, width=4), image()),
     "timm resnet": (lambda: Backbone("resnet10t"), image()),
     "timm convnext": (lambda: Backbone("convnext_atto"), image()),
@@ -139,6 +144,7 @@ BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
 }
 
 DECODERS: dict[str, tuple[Make, Feed]] = {
+    "ffnet head": (lambda: FFNetHead((4, 8), 3, divisor=8), pyramid((4, 8), (8, 4))),
     "image detokenizer": (lambda: ConvDetokenizer(8, 4, width=4), pyramid((8, 6))),
     "digit sequence": (lambda: DigitSequence(8, grid=2, hidden=(6,)), pyramid((4, 8), (8, 4))),
     "linear probe": (lambda: LinearProbe(8, 5), pyramid((4, 8), (8, 4))),

@@ -53,6 +53,10 @@ HORNET = {"depths": (1, 1, 2, 1), "dims": (32, 32, 64, 64), "layer_scale": 0.5}
 ARCHITECTURES: dict[str, list[Tiny]] = {
     "alexnet": [Tiny("rotnet_alexnet", {"widths": (8, 12, 16, 12, 12, 20)}, (96, 107), floors=True)],
     "convit": [Tiny("convit_tiny_plus", CONVIT, (32, 27))],
+    "ffnet": [
+        Tiny("ffnet18", {"layers": (1, 1, 1, 1), "widths": (4, 8, 12, 16), "stem": (4,)}),
+        Tiny("ffnet46ns", {"layers": (1, 1, 1), "widths": (4, 8, 12, 16), "stem": (4, 4)}),
+    ],
     "hornet": [Tiny("hornet_tiny_7x7", HORNET, floors=True), Tiny("hornet_tiny_gf", HORNET, floors=True)],
     "inceptionnext": [
         Tiny("inceptionnext_isotropic_small", {"depths": (2,), "dims": (16,), "layer_scale": 0.5}, floors=True),

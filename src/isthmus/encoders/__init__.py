@@ -5,6 +5,7 @@ Importing this package registers our image architectures with timm.
 
 from isthmus.encoders import alexnet as alexnet
 from isthmus.encoders import convit as convit
+from isthmus.encoders import ffnet as ffnet
 from isthmus.encoders import hornet as hornet
 from isthmus.encoders import inceptionnext as inceptionnext
 from isthmus.encoders import metamixer as metamixer

@@ -1,0 +1,142 @@
+"""The recipe of fuss-free segmentation: measures, masks of pictures of any size, other data, conversion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from isthmus.codec import Codec, UserError
+from isthmus.data import load
+from isthmus.engine import Run, Training
+from isthmus.objectives.segmentation import Segmentation
+from isthmus.recipes import simple_segmentation
+from isthmus.recipes._segmentation_cues import FAR, cue_scenes
+from isthmus.recipes.simple_segmentation import Config, _fields, convert, palette, released
+
+BRIEF = Training(steps=3, batch_size=4, lr=1e-3)
+SMALL: dict[str, Any] = {
+    "images": 12,
+    "test_images": 6,
+    "divisor": 16,
+    "training": BRIEF,
+    "field": False,
+    "cues": False,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    config = Config(**SMALL)
+    with Run.quick(tmp_path_factory.mktemp("masks"), name="simple-segmentation", config=config) as run:
+        simple_segmentation.run(config, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def test_measures_and_draws(trained: tuple[Path, dict[str, Any]]) -> None:
+    metrics = trained[1]["metrics"]
+    assert 0 <= metrics["miou"]["value"] <= 1
+    assert {"classes", "examples"} <= {figure["name"] for figure in trained[1]["figures"]}
+
+
+def test_apply_masks_pictures_of_any_size(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    image = load("scenes:90", "test")[0]["image"].permute(1, 2, 0).numpy()
+    Image.fromarray(image[:70, :53]).save(tmp_path / "a.png")
+    (tmp_path / "no.txt").write_text("no picture")
+    written = simple_segmentation.apply(trained[0], [tmp_path / "a.png", tmp_path / "no.txt"], tmp_path / "out")
+    assert [path.name for path in written] == ["masks.json", "a-mask.png", "a-overlay.png"]
+    document = json.loads(written[0].read_text())
+    mask = np.array(Image.open(written[1]))
+    assert mask.shape == (70, 53)
+    assert mask.max() < len(document["classes"])
+    entry = document["pictures"][str(tmp_path / "a.png")]
+    assert sum(entry["share"].values()) == pytest.approx(1, abs=1e-2)
+    with pytest.raises(UserError, match="none of the inputs"):
+        simple_segmentation.apply(trained[0], [tmp_path / "no.txt"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_takes_other_encoders_and_ignores_a_class(tmp_path: Path) -> None:
+    config = Config(**{**SMALL, "data": "random:40", "encoder": "resnet10t", "ignore": 3, "size": (40, 40)})
+    with Run.quick(tmp_path, name="simple-segmentation", config=config) as run:
+        simple_segmentation.run(config, run)
+    assert "miou" in json.loads((run.dir / "report.json").read_text())["metrics"]
+
+
+def test_far_cues_are_far_and_classes_follow_them() -> None:
+    scenes = cue_scenes(6, 96, 0, "train")
+    again = cue_scenes(6, 96, 0, "train")
+    assert torch.equal(scenes.data["image"], again.data["image"])  # type: ignore[arg-type]
+    for index in range(6):
+        sample = scenes[index]
+        red = sample["image"][0].float() - sample["image"][2].float()
+        places = (red.abs() > 120).nonzero().float()
+        centre = places.mean(0)
+        assert (red[red.abs() > 120].mean() > 0) == (index % 2 == 0)
+        discs = (sample["mask"] > 0).nonzero().float()
+        if len(discs):
+            assert (discs - centre).norm(dim=1).min() > FAR - 2
+            assert sample["mask"].max() == 1 + index % 2
+    with pytest.raises(ValueError, match="at least 96"):
+        cue_scenes(2, 64, 0, "train")
+
+
+def test_basic_blocks_hear_further(tmp_path: Path) -> None:
+    with Run.quick(tmp_path, name="simple-segmentation") as run:
+        _fields(run, size=193, tries=1)
+    metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
+    assert metrics["field_ratio"]["value"] > 1
+    assert metrics["field_parameters_ratio"]["value"] < 1
+
+
+def test_the_objective_ignores_and_refuses_classes() -> None:
+    codec = released("ffnet46NS_CCC_mobile", classes=3)
+    objective = Segmentation(codec.encoder, codec.decoder, ignore=9)  # type: ignore[arg-type]
+    images, mask = torch.rand(2, 3, 32, 32), torch.full((2, 32, 32), 9)
+    mask[:, :4] = 1
+    loss = objective({"image": images, "mask": mask}, torch.Generator())
+    other = mask.clone()
+    other[:, 20:] = 9
+    assert torch.isfinite(loss.loss)
+    with pytest.raises(ValueError, match="masks hold classes 1 to 7; the decoder has 3"):
+        objective({"image": images, "mask": mask.where(mask == 1, 7)}, torch.Generator())
+    assert objective({"image": images, "mask": torch.full((2, 32, 32), 9)}, torch.Generator()).loss == 0
+
+
+def test_published_checkpoints_become_codecs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = released("ffnet46NS_CCC_mobile").eval()
+    official: dict[str, torch.Tensor] = {}
+    for key, tensor in codec.state_dict().items():
+        if key.startswith("encoder.model."):
+            parts = key.removeprefix("encoder.model.").split(".")
+            bare = f"layer{parts[1]}.{parts[3]}.{'.'.join(parts[4:])}" if "blocks" in key else ".".join(parts[-2:])
+            official[f"backbone_model.{bare}"] = tensor
+            continue
+        parts = key.removeprefix("decoder.").split(".")
+        if parts[0] == "last":
+            official[f"head.layers.3.last_layer.{'.'.join(parts[1:])}"] = tensor
+        elif parts[1] == "adapters":
+            official[f"head.layers.0.adapter_conv.{parts[2]}.layers.{'.'.join(parts[3:])}"] = tensor
+        else:
+            level = (4, 8, 16, 32)[int(parts[2]) + (parts[1] == "up")]
+            tail = "_up" if parts[1] == "up" else ("" if level == 4 else "_sm")
+            official[f"head.layers.1.fam_{level}{tail}.layers.{'.'.join(parts[3:])}"] = tensor
+    torch.save(official, tmp_path / "ffnet46NS_CCC_cityscapes_state_dict_quarts.pth")
+    path = tmp_path / "ffnet46NS_CCC_cityscapes_state_dict_quarts.pth"
+    made = convert(path, tmp_path / "out.safetensors", "ffnet46NS_CCC_mobile")
+    images = torch.rand(1, 3, 64, 96)
+    assert torch.equal(Codec.from_pretrained(made)(images).prediction, codec(images).prediction)
+    with pytest.raises(UserError, match="does not fit ffnet46NS_CBB_mobile"):
+        convert(path, tmp_path / "other", "ffnet46NS_CBB_mobile")
+
+
+def test_colours_of_classes_differ() -> None:
+    colours = palette(60)
+    assert colours[0] == [0, 0, 0]
+    assert len({tuple(colour) for colour in colours}) == 60
