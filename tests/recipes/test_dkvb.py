@@ -1,0 +1,193 @@
+"""The key-value bottleneck's recipe: the stream, its baselines, any encoder, classifying, teaching, published files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from isthmus.bottlenecks.key_value import KeyValueBottleneck
+from isthmus.codec import UserError, build, load_weights
+from isthmus.data import load
+from isthmus.engine import Run
+from isthmus.recipes import _dkvb_stream as streams
+from isthmus.recipes import _dkvb_toy as toy
+from isthmus.recipes import dkvb
+from isthmus.recipes.dkvb import Config, _sgd
+
+SMALL = Config(
+    codebooks=24,
+    pairs=64,
+    key_epochs=4,
+    stream=_sgd(30.0, 1.0, epochs=5),
+    probe=_sgd(0.1, epochs=15),
+    finetune=_sgd(0.05, epochs=2),
+    baselines=("probe", "finetune"),
+    fewer_pairs=(4,),
+    toy=False,
+)
+
+
+def _pictures(folder: Path, images: list[Tensor], names: list[str]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for image, name in zip(images, names, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name)
+    return [folder / name for name in names]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    with Run.quick(tmp_path_factory.mktemp("dkvb"), name="dkvb", config=SMALL) as run:
+        dkvb.run(SMALL, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def test_the_bottleneck_keeps_what_others_forget(trained: tuple[Path, dict[str, Any]]) -> None:
+    metrics = {name: entry["value"] for name, entry in trained[1]["metrics"].items()}
+    assert metrics["accuracy_dkvb"] > 0.85
+    assert metrics["accuracy_dkvb"] > metrics["accuracy_probe"] + 0.1 > 0.2
+    assert metrics["accuracy_finetune"] < 0.4, "the last two classes, of ten"
+    assert metrics["forgotten_dkvb"] < 0.1 < metrics["forgotten_probe"]
+    assert metrics["gain_over_probe"] == pytest.approx(metrics["accuracy_dkvb"] - metrics["accuracy_probe"])
+    assert metrics["gap_to_shuffled_probe"] == pytest.approx(
+        metrics["accuracy_probe_shuffled"] - metrics["accuracy_dkvb"]
+    )
+    assert metrics["least_gain_of_more_pairs"] == pytest.approx(
+        metrics["accuracy_dkvb"] - metrics["accuracy_dkvb_4_pairs"]
+    )
+    assert {"stream", "kept", "pairs", "confusion", "examples"} <= {f["name"] for f in trained[1]["figures"]}
+
+
+def test_pictures_are_classified(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    test = load("digits", "test", ("image", "label"))
+    samples = [test[i] for i in range(12)]
+    paths = _pictures(tmp_path / "in", [s["image"] for s in samples], [f"{i}.png" for i in range(12)])
+    (tmp_path / "in" / "text.txt").write_text("no picture")
+    written = dkvb.apply(trained[0], [*paths, tmp_path / "in" / "text.txt"], tmp_path / "out")
+    assert len(written) == 13
+    assert all(path.is_file() for path in written)
+    told = json.loads((tmp_path / "out" / "classes.json").read_text())
+    right = sum(told[str(p)]["class"] == str(int(s["label"])) for p, s in zip(paths, samples, strict=True))
+    assert right >= 9
+    assert "skipped" in told[str(tmp_path / "in" / "text.txt")]
+    with pytest.raises(UserError, match="none of the inputs is an image"):
+        dkvb.apply(trained[0], [tmp_path / "in" / "text.txt"], tmp_path / "out")
+
+
+def test_a_new_class_is_taught_and_the_old_ones_stay(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    stripes = [(torch.arange(8) % 2 * 255)[None, :, None].expand(3, 8, 8).to(torch.uint8) - i for i in range(6)]
+    lessons = _pictures(tmp_path / "teach" / "stripes", stripes[:4], [f"{i}.png" for i in range(4)])
+    asked = _pictures(tmp_path / "ask", stripes[4:], ["4.png", "5.png"])
+    written = dkvb.apply(trained[0], [*lessons, *asked], tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert [told[str(path)]["class"] for path in asked] == ["stripes", "stripes"]
+    assert str(lessons[0]) not in told
+    assert tmp_path / "out" / "classifier" / "pictures.json" in written
+
+    before, _ = dkvb.load(trained[0])
+    after, pictures = dkvb.load(tmp_path / "out")
+    assert pictures.classes[-1] == "stripes"
+    images = load("digits", "test", ("image",)).fetch(range(200))["image"].float() / 255
+    old, new = before(images).prediction.argmax(1), after(images).prediction.argmax(1)
+    assert (old == new).float().mean() > 0.95
+
+    empty = tmp_path / "teach" / "stripes" / "note.txt"
+    empty.write_text("no picture")
+    with pytest.raises(UserError, match="nothing to learn from"):
+        dkvb.apply(trained[0], [empty], tmp_path / "other")
+
+
+def test_any_network_of_timm_is_an_encoder(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        SMALL,
+        data="random:32?count=60&classes=4",
+        key_data="random:32?count=40",
+        encoder="resnet10t",
+        size=32,
+        pool=False,
+        codebooks=8,
+        pairs=16,
+        splitter="chunk",
+        stream=_sgd(1.0, 1.0, epochs=1),
+        probe=_sgd(0.1, epochs=1),
+        key_epochs=1,
+        fewer_pairs=(),
+    )
+    with Run.quick(tmp_path, name="dkvb", config=config, max_steps=1) as run:
+        dkvb.run(config, run)
+    codec, pictures = dkvb.load(run.dir)
+    assert pictures.size == 32
+    assert codec(torch.rand(3, 3, 32, 32)).prediction.shape == (3, 4)
+    assert isinstance(codec.bottleneck, KeyValueBottleneck)
+    assert codec.bottleneck.splitter.channels == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"split": 0}, "split must lie between 1 and the 10 classes"),
+        ({"encoder": "resnet10"}, "timm has no model"),
+        ({"splitter": "chunk", "codebooks": 7}, "64 channels cannot be cut into 7"),
+        ({"data": "digits:128"}, "too many to be an embedding"),
+        ({"encoder": "resnet10t", "weights": "nowhere.safetensors"}, "weights of resnet10t cannot be had"),
+    ],
+)
+def test_impossible_settings_are_told(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=told), Run.quick(tmp_path, name="dkvb", config=config) as run:
+        dkvb.run(config, run)
+
+
+def test_an_unfinished_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no classifier; run the recipe to its end"):
+        dkvb.load(tmp_path)
+
+
+def test_published_files_are_converted(tmp_path: Path) -> None:
+    keys, values = torch.randn(3, 6, 4), torch.randn(3, 6, 2)
+    bottleneck = {"keys": keys, "values": values}
+    torch.save({"bottleneck": bottleneck, "splitter": {"rand_proj": torch.randn(3, 9, 4)}}, tmp_path / "model.pt")
+    out = dkvb.convert(tmp_path / "model.pt", tmp_path / "model.safetensors", topk=2)
+    with safe_open(out, "pt") as file:
+        made = build(json.loads(file.metadata()["part"]))
+    load_weights(made, out)
+    assert isinstance(made, KeyValueBottleneck)
+    assert (made.topk, made.fitted) == (2, True)
+    assert torch.equal(made.values, values)
+    torch.save({"weight": values}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="no checkpoint of a key-value bottleneck"):
+        dkvb.convert(tmp_path / "other.pt", tmp_path / "other.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------- measures
+
+
+def test_what_is_forgotten_is_measured_from_the_end_of_a_class_own_task() -> None:
+    tasks = [[0, 2], [1, 3]]
+    history = torch.tensor([[0.8, 0.0, 1.0, 0.0], [0.3, 0.9, 0.5, 0.7]])
+    assert streams.forgotten(history, tasks) == pytest.approx((0.5 + 0.5 + 0 + 0) / 4)
+    assert streams.averages(history) == pytest.approx([0.45, 0.6])
+
+
+def test_passes_differ_in_order_and_stop_at_the_limit() -> None:
+    features = torch.arange(10.0)[:, None, None]
+    passes = streams.Passes(features, 4, torch.Generator().manual_seed(0), 3, torch.device("cpu"))
+    first, second = [b[0] for b in passes], [b[0] for b in passes]
+    assert [len(b) for b in first + second] == [4, 4, 4]
+    assert not torch.equal(first[0], second[0])
+
+
+def test_eight_heaps_are_kept_by_the_bottleneck_alone() -> None:
+    found = toy.draw(torch.Generator().manual_seed(0), steps=50, lr=3e-2)
+    assert found.accuracy["bottleneck"] > 0.9
+    assert max(found.accuracy["MLP"], found.accuracy["linear"]) < 0.6
+    assert len(found.figure.axes) == 12
+    again = toy.draw(torch.Generator().manual_seed(0), steps=1)
+    assert set(again.accuracy) == {"bottleneck", "MLP", "linear"}
