@@ -20,8 +20,9 @@ from isthmus.layers.random import derive_seed
 
 _COLUMNS = ("signal", "label")
 DISTANCES = (100, 250, 450, 700)  # of 1024: between the two bumps
-PERIODS = (12, 17, 24, 34)  # of 128: of the sum of sinusoids
+PERIODS = (24, 29, 35, 42)  # of 128: of the sum of sinusoids
 _LENGTHS = {"bumps": 1024, "sinusoids": 128}
+_NOISE = 1.0  # deviation of the noise of sinusoids
 
 
 class Signals(Dataset):
@@ -77,7 +78,7 @@ def _sinusoids(seed: int, indices: Sequence[int], label: np.ndarray, length: int
         turns = harmonic * length / period
         series += weight[:, None] * np.sin(2 * np.pi * turns[:, None] * t + phase[:, None])
     drift = 2 * (drawn[:, 7:8] - 0.5) * t + drawn[:, 8:9] * np.sin(np.pi * t)
-    return series + drift + 0.5 * normal(words(derive_seed(seed, "noise"), indices, 2 * length))
+    return series + drift + _NOISE * normal(words(derive_seed(seed, "noise"), indices, 2 * length))
 
 
 def load(

@@ -114,7 +114,7 @@ _KINDS: dict[str, Callable[[np.ndarray, float, float, np.ndarray], np.ndarray]] 
 def _clicks(seed: int, indices: Sequence[int], label: np.ndarray, rate: int) -> np.ndarray:
     """``(N, rate)``: two bursts of 10 ms, each a click or a chirp, at the distance of the class ±2 %."""
     drawn = unit(words(derive_seed(seed, "clicks"), indices, 8))
-    wave = 0.05 * _noise(seed, "hiss", indices, rate)
+    wave = 0.01 * _noise(seed, "hiss", indices, rate)
     size = rate // 100
     t = np.arange(size) / rate
     for row, kind in enumerate(label):

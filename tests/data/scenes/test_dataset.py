@@ -114,6 +114,9 @@ def test_tasks_name_their_classes() -> None:
     count = load(task="count", count=60)
     assert count.classes == ["1", "2", "3", "4"]
     assert [int(count.classes[k]) for k in count.fetch(range(60))["label"]] == [len(s) for s in count.scenes(range(60))]
+    assert load(shapes="star, circle", task="shape", space="easy").classes == ["star", "circle"]
+    with pytest.raises(UserError, match="shape 'sqare' is unknown; choose from circle, square"):
+        load(shapes="star,sqare")
     few = load(space=Space(shapes=("star", "circle"), objects=(1,)), count=30)
     assert few.classes == ["star", "circle"]
     assert [few.classes[k] for k in few.fetch(range(30))["label"]] == [

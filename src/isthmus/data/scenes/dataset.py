@@ -166,6 +166,7 @@ def load(
     task: str = "shape",
     rule: str = "uniform",
     objects: str | Sequence[int] = "",
+    shapes: str = "",
     questions: str = ",".join(QUESTIONS),
     space: str | Space = "",
     plant: Bias | Pairing | None = None,
@@ -185,6 +186,7 @@ def load(
         rule: ``uniform``, ``correlated`` (with ``plant``) or ``grid``, see :func:`isthmus.data.scenes.sample`.
         objects: how many objects: ``"1"``, ``"2-4"`` or a sequence. By default 1 where only ``image``, ``label`` and
             ``factors`` are needed and ``label`` is about one object; else 1 to 4.
+        shapes: of objects, joined by commas; all of the space's by default.
         questions: kinds of question, joined by commas.
         space: a :class:`Space`, or the name of one: ``easy``, ``factorial``.
         plant: what is correlated, for the rule ``correlated``.
@@ -211,6 +213,11 @@ def load(
         chosen = dataclasses.replace(chosen, objects=_counts(name, objects))
     elif not isinstance(space, Space) and task != "count" and not {n.removesuffix("?") for n in needs} & {*_ABOUT_MANY}:
         chosen = dataclasses.replace(chosen, objects=(1,))
+    if shapes:
+        try:
+            chosen = dataclasses.replace(chosen, shapes=tuple(shape.strip() for shape in shapes.split(",")))
+        except ValueError as error:
+            raise UserError(f"{name}: {error}.") from error
     if min(chosen.objects) < 1 and task != "count":
         raise UserError(f"{name}: a scene without objects has no {task}; let objects be at least 1, or the task count.")
     wanted = pick_needs(name, needs, columns(chosen))
