@@ -280,8 +280,8 @@ class HCLT(nn.Module):
             x, observed = torch.zeros(count, variables, dtype=torch.long, device=device), torch.tensor(False)
             observed = observed.expand(variables)
         mask, drawn = self._observed(x, observed), []
-        for part_mask, values in zip(mask.split(_CHUNK), self._values(x, mask), strict=True):
-            batch = len(part_mask)
+        for values in self._values(x, mask):
+            batch = len(values.log_prob)
             state = torch.zeros(variables, batch, dtype=torch.long, device=device)
             for i in reversed(range(len(self._levels))):
                 nodes, children, slots = self._numbers(i)
