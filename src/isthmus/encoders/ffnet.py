@@ -281,7 +281,14 @@ def _first(name: str) -> str:
     return "stem.conv1" if SIZES[name].get("body", "resnet") == "resnet" else "stem.conv0"
 
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": imagenet_cfg(_first(name), "head.fc") for name in SIZES})
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": imagenet_cfg(
+            _first(name), "head.fc", **({"pool_size": (4, 4)} if name.endswith("_d") else {})
+        )
+        for name in SIZES
+    }
+)
 
 
 def _registered(name: str) -> Callable[..., FFNet]:
