@@ -57,14 +57,14 @@ def main() -> None:
         assert torch.allclose(row, dense[outputs // 2], atol=1e-5 * float(dense.abs().max()) + 1e-7)
         exact, found = torch.linalg.svdvals(dense)[:TRIPLETS], scope.svd(TRIPLETS).s
         assert torch.allclose(found, exact, rtol=1e-2), (found, exact)
-        z, u = torch.rand_like(x), torch.rand_like(scope.y)
+        other, u = torch.rand_like(x), torch.rand_like(scope.y)
         rows |= {
             f"{name}: {case}": values
             for case, values in compare(
                 {
                     "forward pass": lambda network=network, x=x: network(x),
                     "freezing at x": lambda network=network, x=x: LinearScope(network, x, tolerance=None),
-                    "product": lambda scope=scope, z=z: scope.product(z),
+                    "product": lambda scope=scope, other=other: scope.product(other),
                     "adjoint, one row": lambda scope=scope, u=u: scope.adjoint(u),
                     f"{TRIPLETS} singular triplets": lambda scope=scope: scope.svd(TRIPLETS),
                     "Jacobian and dense SVD": lambda jacobian=jacobian: torch.linalg.svd(

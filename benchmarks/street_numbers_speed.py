@@ -2,9 +2,9 @@
 
     python -m benchmarks.street_numbers_speed
 
-The peer has a linear layer for the length and one for every digit, and adds up cross entropies of the digits that exist
-one place after another; weights and losses are the same, which is checked. Then coverage by sorting, beside trying every
-confidence as the threshold, and composing pictures.
+The peer has a linear layer for the length and one for every digit, and adds up cross entropies of the digits that
+exist one place after another; weights and losses are the same, which is checked. Then coverage by sorting, beside
+trying every confidence as the threshold, and composing pictures.
 """
 
 from __future__ import annotations
