@@ -63,7 +63,7 @@ def test_interface_of_timm(name: str) -> None:
     assert model(image()).shape == (2, width)
     features = timm.create_model(name, features_only=True, out_indices=(1, 3), **{**SIZES, "in_chans": 4})
     assert [f.shape[1:] for f in features(image(channels=4))] == [(16, 8, 8), (32, 2, 2)]
-    assert tiny(name, num_classes=0, in_chans=1)(image(channels=1, batch=1)).shape == (1, width)
+    assert tiny(name, num_classes=0, in_chans=1)(image(channels=1, batch=1)).shape == (1, 32)
     assert [level.shape[1] for level in Backbone(tiny(name), reductions=(8, 16, 32))(image())] == [16, 16, 32]
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -14,12 +15,14 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from isthmus.codec import UserError
+from isthmus.codec import Codec, UserError
 from isthmus.data import load
+from isthmus.decoders.metamixer_sr import MetaMixerSR
 from isthmus.encoders.metamixer import MixerNet
 from isthmus.engine import Run, Training
-from isthmus.recipes import metamixer
+from isthmus.recipes import _metamixer_convert, metamixer
 from isthmus.recipes.metamixer import Config, mixer
+from tests.decoders.test_metamixer_sr import official_enlarger
 from tests.encoders.test_metamixer import official, tiny
 
 NAMES = ("ffnified", "attention", "pooling", "depthwise", "identity", "hybrid")
@@ -36,6 +39,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         training=Training(steps=60, batch_size=32, lr=4e-3, weight_decay=0.05, warmup_steps=5),
         latency_size=32,
         rounds=1,
+        series="series?count=40",
+        history=24,
+        horizon=12,
+        forecasting=Training(steps=3, batch_size=8, lr=1e-3),
         test_images=200,
     )
     with Run.quick(tmp_path_factory.mktemp("metamixer"), name="metamixer", config=config) as run:
@@ -52,7 +59,10 @@ def test_networks_differ_in_their_mixer(trained: tuple[Path, dict[str, Any]]) ->
     assert metrics["merging_error"] < 1e-5
     ratio = metrics["latency_ffnified"] / metrics["latency_attention"]
     assert metrics["latency_ratio_to_attention"] == pytest.approx(ratio)
-    assert {"mixers", "latency", "confusion", "examples"} == {figure["name"] for figure in trained[1]["figures"]}
+    assert metrics["forecast_mse"] > 0
+    assert {"mixers", "latency", "confusion", "examples", "forecast"} == {
+        figure["name"] for figure in trained[1]["figures"]
+    }
 
 
 def test_apply_classifies_pictures_with_the_first_network(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -67,6 +77,23 @@ def test_apply_classifies_pictures_with_the_first_network(trained: tuple[Path, d
     told = json.loads(written[0].read_text())
     assert len(written) == 13
     assert sum(told[str(p)]["class"] == label for p, label in zip(paths, labels, strict=True)) >= 5, "chance is 1"
+
+
+def test_apply_tells_what_follows_in_a_table(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The columns may stand in any order among others, in any unit."""
+    names = [f"series {i}" for i in range(7)]
+    rows = [[str(hour), *(f"{1000 + i + hour % 24}" for i in range(7))] for hour in range(30)]
+    table = tmp_path / "load.csv"
+    table.write_text("\n".join(",".join(row) for row in [["hour", *names], *rows]))
+    written = metamixer.apply(trained[0], [table], tmp_path / "out")
+    assert [path.name for path in written] == ["load-forecast.csv", "load-forecast.png"]
+    told = written[0].read_text().splitlines()
+    assert told[0].split(",") == names
+    assert len(told) == 1 + 12
+    assert all(900 < float(cell) < 1100 for line in told[1:] for cell in line.split(","))
+    table.write_text("a,b\n1,2\n3,4\n")
+    with pytest.raises(UserError, match="has 2 rows of a, b; the forecaster reads the last 24 of series 0, series 1"):
+        metamixer.apply(trained[0], [table], tmp_path / "out")
 
 
 @pytest.mark.parametrize("heads", [2, 4])
@@ -140,8 +167,7 @@ def test_paper_setting_is_the_published_network() -> None:
 
 def test_published_checkpoints_are_converted(tmp_path: Path) -> None:
     """Sizes are told apart by their shapes."""
-    sizes = {"num_classes": 3}
-    network = timm.create_model("metamixer_ffnet_1", **sizes)
+    network = timm.create_model("metamixer_ffnet_1", num_classes=3)
     torch.save({"state_dict": {f"module.{k}": v for k, v in official(network).items()}}, tmp_path / "ffnet_1.pth.tar")
     out = metamixer.convert(tmp_path / "ffnet_1.pth.tar", tmp_path / "1.safetensors")
     with safe_open(out, "pt") as file:
@@ -149,5 +175,23 @@ def test_published_checkpoints_are_converted(tmp_path: Path) -> None:
         assert set(file.keys()) == set(network.state_dict())
         assert all(torch.equal(v, file.get_tensor(k)) for k, v in network.state_dict().items())
     torch.save(official(tiny()), tmp_path / "other.pth")
+    torch.save({"decode_head.conv_seg.weight": torch.zeros(3, 4, 1, 1)}, tmp_path / "system.pth")
+    with (
+        mock.patch.object(_metamixer_convert, "create_timm", return_value=tiny("metamixer_ffnet_seg", num_classes=0)),
+        pytest.raises(UserError, match=r"system\.pth fits no published FFNetSeg: it has 0 tensors"),
+    ):
+        metamixer.convert(tmp_path / "system.pth", tmp_path / "x")
     with pytest.raises(UserError, match="fits none of metamixer_ffnet_1"):
         metamixer.convert(tmp_path / "other.pth", tmp_path / "x")
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "batch"])
+def test_published_enlargers_become_a_codec(norm: str | None, tmp_path: Path) -> None:
+    model = MetaMixerSR(3, 8, 2, 2, norm)
+    torch.save({"params_ema": official_enlarger(model)}, tmp_path / "sr.pth")
+    out = metamixer.convert(tmp_path / "sr.pth", tmp_path / "sr.safetensors")
+    assert out == tmp_path / "sr"
+    codec = Codec.from_pretrained(out).eval()
+    x = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(codec(x).prediction, model.eval()([x]))

@@ -199,7 +199,7 @@ class FFNetSeg(Mergeable):
         squeeze_excite: for every stage, whether its even blocks have one; one truth value is for all.
         layer_scale: initial γ of every residual; ``None`` or 0 leaves γ out.
         in_chans: channels of the input.
-        num_classes: outputs of the head; 0 returns its hidden layer.
+        num_classes: outputs of the head; 0 leaves all of it but the pooling out, as the checkpoints of the system do.
         global_pool: timm's name of the pooling.
         drop_rate: dropout before the classifier.
         drop_path_rate: of the last block; it grows linearly from 0.
@@ -263,10 +263,15 @@ class FFNetSeg(Mergeable):
             ConvNorm(stem_width, dims[0], 3, deploy=deploy),
             ConvNorm(dims[0], dims[0], 3, 2, deploy=deploy),
         )
+        head = (
+            TwoLayerHead(dims[-1], num_classes, global_pool, drop_rate, deploy=deploy)
+            if num_classes
+            else ClassifierHead(dims[-1], 0, pool_type=global_pool, drop_rate=drop_rate)
+        )
         super().__init__(
             _stages(depths, dims, down, block, drop_path_rate),
             dims,
-            TwoLayerHead(dims[-1], num_classes, global_pool, drop_rate, deploy=deploy),
+            head,
             stem=stem,
             in_chans=in_chans,
             num_classes=num_classes,

@@ -298,7 +298,7 @@ def read_checkpoint(path: Path, of: str) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path} is no PyTorch checkpoint that can be read safely ({type(error).__name__}).") from error
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "params_ema", "params"):
         content = content.get(key, content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path} holds no network; a checkpoint of {of} is a dictionary of tensors.")

@@ -7,6 +7,10 @@ What is measured here, on scenes of 32 pixels with one of eight shapes: small ne
 token mixer only, with the same number of parameters: FFNified attention, self-attention, average pooling, a depthwise
 7x7 convolution without the frame, and nothing that mixes places. Then the time of every merged network for one image of
 256 pixels, and what merging changes in the outputs. With ``--series``, how well the network for time series forecasts.
+
+What was found over three seeds: FFNified attention is at 0.99 and self-attention between 0.82 and 0.88, little above a
+network that mixes no places in its blocks (0.83). 1,500 pictures favour operators that know what near means; there is
+no position embedding here but the zero padding of the channel mixers' 3x3 convolutions, which all networks share.
 """
 
 from __future__ import annotations
@@ -24,10 +28,11 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError, create_timm
 from isthmus.data import load
-from isthmus.encoders.metamixer import MixerNet, convert_official
+from isthmus.encoders.metamixer import MixerNet
 from isthmus.engine import Run, Training, read_config
 from isthmus.layers.metamixer import ConvNorm, ffnified_attention, reparam_depthwise, self_attention
 from isthmus.recipes import _image_classification as shared
+from isthmus.recipes._metamixer_convert import convert_checkpoint
 from isthmus.recipes._metamixer_forecast import forecast, train_forecaster
 from isthmus.report import figures
 
@@ -174,22 +179,12 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
 
 
 def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of FFNet for timm: classification, dense backbone or segmentation backbone.
+    """A published checkpoint of FFNet: classification and backbones for timm, segmentation and enlarging as a Codec.
 
     Raises:
         UserError: no such checkpoint.
     """
-    state = convert_official(shared.read_checkpoint(path, "FFNet"))
-    head = state.get("head.fc.weight")
-    arguments: dict[str, Any] = {"num_classes": 0 if head is None else len(head)}
-    if "stem.0.conv.bias" in state:
-        arguments["deploy"] = True
-    if "norms.0.weight" in state:
-        arguments["norm_features"] = True
-    names = [f"metamixer_ffnet_{size}" for size in ("1", "2", "3", "4")]
-    if "stem.5.conv.weight" in state:
-        names = ["metamixer_ffnet_seg"]
-    return shared.convert_for_timm(state, path, out, dict.fromkeys(names, arguments))
+    return convert_checkpoint(path, out)
 
 
 _PUBLISHED: Mapping[str, str] = {

@@ -36,7 +36,6 @@ def count(name: str, entry: dict[str, Any]) -> dict[str, int]:
     with torch.device("meta"):
         if "system" in name:
             backbone = FFNetSeg(**_sizes(config["backbone"]), num_classes=0)
-            backbone.head = nn.Identity()
             return {"params": _parameters(backbone) + _parameters(_head(config["head"]))}
         if name.startswith("ffnet_seg"):
             return {"params": _parameters(timm.create_model("metamixer_ffnet_seg"))}
@@ -121,7 +120,6 @@ def _head(config: dict[str, Any]) -> MetaMixerHead:
 def _segmentation(case: Case) -> dict[str, Tensor]:
     config = case.config["backbone"]
     backbone = FFNetSeg(**{"kernels": [3] * len(config["depth"]), **_sizes(config)}, num_classes=0)
-    backbone.head = nn.Identity()
     backbone.load_state_dict(metamixer.convert_official(case.params))
     head = _head(case.config["head"])
     head.load_state_dict(metamixer_head.convert_official(case.params))
