@@ -9,6 +9,7 @@ names as columns of their metadata. In Python, :func:`from_epochs` takes an ``mn
 from __future__ import annotations
 
 import glob
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,7 @@ def from_epochs(epochs: Any) -> Recording:
     """
 
     picks = _picks(epochs.info)
-    signal = torch.as_tensor(epochs.get_data(picks=picks, copy=False), dtype=torch.float32)
+    signal = torch.tensor(epochs.get_data(picks=picks, copy=False), dtype=torch.float32)
     names = {code: name for name, code in epochs.event_id.items()}
     classes = sorted(names.values())
     columns: dict[str, Any] = {"label": torch.tensor([classes.index(names[code]) for code in epochs.events[:, 2]])}
@@ -122,7 +123,7 @@ def from_epochs(epochs: Any) -> Recording:
         columns |= {name: epochs.metadata[name].tolist() for name in _EXTRAS if name in epochs.metadata}
     return Recording(
         _scaled(signal),
-        torch.as_tensor(epochs.times, dtype=torch.float32),
+        torch.tensor(epochs.times, dtype=torch.float32),
         sensor_positions(epochs.info, picks),
         _columns(columns, len(signal), "the epochs"),
         tuple(classes),
@@ -193,14 +194,14 @@ def _read_fif(path: Path, start: float, stop: float) -> Recording:
         if len(epochs):
             return from_epochs(epochs)
     picks = _picks(raw.info)
-    signal = torch.as_tensor(raw.get_data(picks=np.array(picks)), dtype=torch.float32)[None]
-    times = torch.as_tensor(raw.times, dtype=torch.float32)
+    signal = torch.tensor(raw.get_data(picks=np.array(picks)), dtype=torch.float32)[None]
+    times = torch.tensor(raw.times, dtype=torch.float32)
     return Recording(_scaled(signal), times, sensor_positions(raw.info, picks), continuous=True)
 
 
 def _read_arrays(path: Path, kind: str) -> Recording:
     try:
-        loaded = np.load(path, allow_pickle=False)
+        loaded = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         arrays = {name: loaded[name] for name in loaded.files} if kind == ".npz" else {"signal": loaded}
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged or holds objects instead of numbers ({error}).") from error

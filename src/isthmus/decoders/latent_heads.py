@@ -98,7 +98,10 @@ class LatentHeads(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Latents:
         """``[(B, T, C)]`` → two latents ``(B, F)``."""
-        summary = self.aggregation(features[-1])
+        return self.of(self.aggregation(features[-1]))
+
+    def of(self, summary: Tensor) -> Latents:
+        """The same from the summary of the window ``(B, C)``."""
         retrieval = self.retrieval(summary)
         return Latents(retrieval, retrieval if self.generation is None else self.generation(summary))
 

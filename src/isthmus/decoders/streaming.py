@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from isthmus.codec import PassThrough
+from isthmus.decoders.latent_heads import TimeLinear
+
 
 class Step(NamedTuple):
     """One decoded window.
@@ -84,6 +87,10 @@ class StreamingDecoder:
                 self._folded = codec.encoder.fold(positions, subject)
             except ValueError:
                 self._folded = None
+        # With nothing between them, the sum over time goes before the encoder's last and widest product.
+        aggregation = getattr(codec.decoder, "aggregation", None)
+        straight = isinstance(codec.bottleneck, PassThrough) and isinstance(aggregation, TimeLinear)
+        self._over_time: TimeLinear | None = aggregation if straight else None
         self.reset()
 
     def reset(self) -> None:
@@ -142,5 +149,8 @@ class StreamingDecoder:
             condition = {"subject": self.subject, **({} if self.positions is None else {"positions": self.positions})}
             return self.codec(window, condition).prediction
         weight, bias = self._folded
-        tokens = self.codec.encoder.temporal(weight @ window + bias[:, None], self.subject).mT
-        return self.codec.decode(self.codec.bottleneck([tokens]))
+        x = weight @ window + bias[:, None]
+        if self._over_time is not None:
+            summary = self.codec.encoder.summary(x, self.subject, self._over_time.weight[0], self._over_time.bias)
+            return self.codec.decoder.of(summary)
+        return self.codec.decode(self.codec.bottleneck([self.codec.encoder.temporal(x, self.subject).mT]))

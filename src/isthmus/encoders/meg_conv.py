@@ -219,10 +219,30 @@ class MEGConv(nn.Module):
 
     def temporal(self, x: Tensor, subject: Tensor) -> Tensor:
         """All behind the subject layer: embedding, dilated convolutions, projection."""
-        if self.embedding is not None:
-            told = self.embedding(subject) * self.embedding_scale
-            x = torch.cat([x, told[:, :, None].expand(-1, -1, x.shape[-1])], 1)
-        return self.project(self.layers(x))
+        return self.project(self.layers(self._embedded(x, subject)))
+
+    def summary(self, x: Tensor, subject: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        """``Σ_t weights_t · temporal(x)_t + bias``: ``(B, D, T)`` with weights ``(T,)`` → ``(B, out_channels)``.
+
+        The sum over time and the last 1x1 convolution are both linear, so they change places: the widest product of
+        the network is then made once and not for every sample of the window.
+        """
+        x = self.layers(self._embedded(x, subject))
+        parts = list(self.project) if isinstance(self.project, nn.Sequential) else [self.project]
+        last = parts.pop()
+        for part_ in parts:
+            x = part_(x)
+        x = x @ weights
+        if isinstance(last, nn.Conv1d):
+            assert last.bias is not None
+            x = x @ last.weight[..., 0].mT + last.bias * weights.sum()
+        return x + bias
+
+    def _embedded(self, x: Tensor, subject: Tensor) -> Tensor:
+        if self.embedding is None:
+            return x
+        told = self.embedding(subject) * self.embedding_scale
+        return torch.cat([x, told[:, :, None].expand(-1, -1, x.shape[-1])], 1)
 
     @torch.no_grad()
     def fold(self, positions: Tensor | None = None, subject: int = 0) -> tuple[Tensor, Tensor]:
