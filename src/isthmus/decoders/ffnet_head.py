@@ -99,7 +99,12 @@ class _Head(nn.Module):
         Raises:
             ValueError: other levels than the head was made for.
         """
-        given = tuple(level.shape[1] for level in features if level.ndim == 4)
+        for level in features:
+            if level.ndim != 4:
+                raise ValueError(
+                    f"masks need maps (B, C, H, W); the encoder gives {level.ndim - 2}-dimensional tokens."
+                )
+        given = tuple(level.shape[1] for level in features)
         if given != self.channels:
             raise ValueError(f"the levels have channels {given}; this head was made for {self.channels}.")
         return self.branch(features)

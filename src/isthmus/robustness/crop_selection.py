@@ -216,6 +216,8 @@ class CropSelection(nn.Module):
         Raises:
             ValueError: the crop is larger than the view, or a pixel is not finite.
         """
+        if images.ndim != 4:
+            raise ValueError(f"crops are chosen in images (B, C, H, W), got an input of {images.ndim} dimensions.")
         pixels = quantise(images, self.levels)
         (height, width), (rows, columns) = self.crop, pixels.shape[2:]
         if height > rows or width > columns:
