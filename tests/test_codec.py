@@ -158,3 +158,15 @@ def test_a_missing_extra_is_named_with_the_command_that_brings_it() -> None:
     assert extra("json", "coding").loads("1") == 1
     with pytest.raises(UserError, match=r"needs the package absent_package: pip install 'isthmus\[coding\]'"):
         extra("absent_package.part", "coding")
+
+
+def test_a_backbone_whose_branches_were_merged_is_saved_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = Codec(Backbone("unireplknet_a", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)))
+    images = torch.rand(1, 3, 64, 64)
+    codec(torch.rand(4, 3, 64, 64))  # batch norms see something
+    before = codec.eval()(images).prediction
+    codec.encoder.model.reparameterize()
+    codec.save_pretrained(tmp_path)
+    for again, first in zip(Codec.from_pretrained(tmp_path)(images).prediction, before, strict=True):
+        assert torch.allclose(again, first, atol=1e-4)

@@ -44,6 +44,10 @@ class Backbone(nn.Module):
         self._chosen = [levels[r] for r in wanted]
         self.feature_info = [FeatureInfo(level["num_chs"], level["reduction"]) for level in self._chosen]
 
+    def part_arguments(self) -> dict[str, Any]:
+        """What a file has to say to make this again: the model as it is now, merged branches or another head included."""
+        return {"model": self.model, "reductions": [level.reduction for level in self.feature_info]}
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images ``(B, C, H, W)`` to maps ``(B, C_l, H / r_l, W / r_l)``, one for every reduction asked for."""
         if hasattr(self.model, "forward_intermediates"):

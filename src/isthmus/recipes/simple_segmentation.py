@@ -8,6 +8,10 @@ same two as segmenters, trained alike on pictures where discs can only be told a
 FFNet trained on drawn scenes, or with ``--data`` on a person's own pictures and masks (``--encoder`` takes any timm
 name), which ``isthmus apply`` then uses on pictures of any size. ``released("ffnet86S_BBB_mobile")`` builds any of the
 87 published networks.
+
+What comes out: basic blocks hear 1.37 times as far, as the paper says. On the far cues they lose by far (0.4 to 0.6):
+with equal parameters the bottlenecks have four times as many channels, both kinds of network already hear further than
+the 60 pixels that are asked for, and within 400 steps only the wide one learns to bring the colour of the cue along.
 """
 
 from __future__ import annotations
