@@ -195,7 +195,8 @@ def spec_of(value: Any) -> Any:
             return value.__dict__["_timm_spec"]
         if "_part_arguments" in value.__dict__:
             cls = type(value)
-            given = value.part_arguments() if hasattr(value, "part_arguments") else value.__dict__["_part_arguments"]
+            now = getattr(value, "part_arguments", None)
+            given = now() if callable(now) else value.__dict__["_part_arguments"]
             kwargs = {name: spec_of(argument) for name, argument in given.items()}
             return {"target": f"{cls.__module__}:{cls.__qualname__}", "kwargs": kwargs}
         raise UserError(

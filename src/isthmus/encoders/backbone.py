@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         self.feature_info = [FeatureInfo(level["num_chs"], level["reduction"]) for level in self._chosen]
 
     def part_arguments(self) -> dict[str, Any]:
-        """What a file has to say to make this again: the model as it is now, merged branches or another head included."""
+        """What a file has to say to make this again: the model as it is now, merged branches included."""
         return {"model": self.model, "reductions": [level.reduction for level in self.feature_info]}
 
     def forward(self, x: Tensor) -> list[Tensor]:
