@@ -169,9 +169,9 @@ class Decoder:
         if rows.shape[-1] == 2 or not len(rows):
             found = np.zeros(len(rows), np.int64)
         else:
-            weights = ((rows[:, 1:] - rows[:, :-1]) << shift) - 1
+            weights = (((rows[:, 1:] - rows[:, :-1]) << shift) - 1).astype(np.float32, order="C")
             try:
-                found = self._coder.decode(self._family, weights.astype(np.float32)).astype(np.int64)
+                found = self._coder.decode(self._family, weights).astype(np.int64)
             except (AssertionError, ValueError) as error:
                 raise UserError("the coded data are damaged, or were written with other tables.") from error
         if array.ndim == 1:

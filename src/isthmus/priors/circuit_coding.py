@@ -62,7 +62,7 @@ class CircuitCoder:
         np.cumsum(self.schedule.inputs, axis=2, out=self._below[..., 1 : self.categories + 1])
         self._below[..., self.categories + 1 :] = self._below[..., self.categories : self.categories + 1]
         window = np.lib.stride_tricks.sliding_window_view(self._below, self.block + 1, axis=2)
-        self._inside = np.ascontiguousarray(window[:, :, :: self.block])  # (D, K, blocks, block + 1)
+        self._inside = np.ascontiguousarray(window[:, :, :: self.block].swapaxes(2, 3))  # (D, K, block + 1, blocks)
         self.model = _hash(circuit)
 
     # --------------------------------------------------------------------------------------- samples on their own
@@ -149,7 +149,7 @@ class CircuitCoder:
 
         def take(node: int, weights: np.ndarray) -> np.ndarray:
             values = numbers[:, node]
-            mass = self._at(node, weights, np.full(len(values), self.categories))
+            mass = self._at(node, weights, self.categories)
             low, high = (self._at(node, weights, values + i) / mass for i in (0, 1))
             found.append((low, high - low))
             return values
@@ -180,14 +180,14 @@ class CircuitCoder:
 
         def take(node: int, weights: np.ndarray) -> np.ndarray:
             values = numbers[:, node]
-            place = values // self.block
-            start, stop = (self._at(node, weights, (place + i) * self.block) for i in (0, 1))
+            place, within = np.divmod(values, self.block)
+            start = self._at(node, weights, place * self.block)
+            stop = self._at(node, weights, (place + 1) * self.block)
             if self.blocks > 1:
-                mass = self._at(node, weights, np.full(len(values), self.blocks * self.block))
+                mass = self._at(node, weights, self.blocks * self.block)
                 put(*(quantize_points(b, mass, place + i, self.blocks) for i, b in enumerate((start, stop))))
             low, high = (self._at(node, weights, values + i) - start for i in (0, 1))
-            within, mass = values - place * self.block, stop - start
-            put(*(quantize_points(b, mass, within + i, self.block) for i, b in enumerate((low, high))))
+            put(*(quantize_points(b, stop - start, within + i, self.block) for i, b in enumerate((low, high))))
             return values
 
         return take
@@ -200,16 +200,16 @@ class CircuitCoder:
         def take(node: int, weights: np.ndarray) -> np.ndarray:
             place = np.zeros(len(numbers), np.int64)
             if self.blocks > 1:
-                place = digit(_mass(weights, lambda k: self._below[node, k, :: self.block]))
-            within = digit(_mass(weights, lambda k: self._inside[node, k][place]))
+                place = digit(_mass(weights, lambda k: self._below[node, k, :: self.block, None]))
+            within = digit(_mass(weights, lambda k: self._inside[node, k].take(place, axis=1)))
             # Damaged data may name a category beyond the last; the checksum will tell.
             numbers[:, node] = np.minimum(place * self.block + within, self.categories - 1)
             return numbers[:, node]
 
         return take
 
-    def _at(self, node: int, weights: np.ndarray, category: np.ndarray) -> np.ndarray:
-        """Mass of the categories before ``category (N,)``."""
+    def _at(self, node: int, weights: np.ndarray, category: np.ndarray | int) -> np.ndarray:
+        """Mass ``(N,)`` of the categories before ``category``, one number or one a sample."""
         below = self._below[node]
         total = weights[0] * below[0][category]
         for k in range(1, len(below)):
@@ -250,10 +250,12 @@ class CircuitCoder:
 
 def _mass(weights: np.ndarray, below: Callable[[int], np.ndarray]) -> np.ndarray:
     """``Σ_k weights[k]·below(k)`` as ``(N, symbols + 1)``, one state after the other."""
-    total = weights[0][:, None] * below(0)
+    total = below(0) * weights[0]
+    term = np.empty_like(total)
     for k in range(1, len(weights)):
-        total += weights[k][:, None] * below(k)
-    return total
+        np.multiply(below(k), weights[k], out=term)
+        np.add(total, term, out=total)
+    return total.T
 
 
 def _hash(circuit: HCLT) -> bytes:
