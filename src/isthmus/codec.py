@@ -196,7 +196,7 @@ def spec_of(value: Any) -> Any:
         if "_part_arguments" in value.__dict__:
             cls = type(value)
             now = getattr(value, "part_arguments", None)
-            given = now() if callable(now) else value.__dict__["_part_arguments"]
+            given: Any = now() if callable(now) else value.__dict__["_part_arguments"]
             kwargs = {name: spec_of(argument) for name, argument in given.items()}
             return {"target": f"{cls.__module__}:{cls.__qualname__}", "kwargs": kwargs}
         raise UserError(
