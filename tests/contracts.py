@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
+from isthmus.bottlenecks.latent_quantization import LatentQuantization
+from isthmus.bottlenecks.latents import FSQ, GaussianLatents
 from isthmus.bottlenecks.splitters import RandomProjection
 from isthmus.bottlenecks.vq import VQ
 from isthmus.codec import FeatureInfo, PassThrough
@@ -30,6 +32,7 @@ from isthmus.decoders.probes import (
     PooledProbe,
 )
 from isthmus.decoders.spark_unet import SparKUNet
+from isthmus.decoders.style_decoder import DenseDecoder, StyleDecoder
 from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
@@ -37,6 +40,7 @@ from isthmus.encoders.conv_tokenizer import ConvTokenizer
 from isthmus.encoders.embedding import Embedding
 from isthmus.encoders.maxout_cnn import MaxoutCNN
 from isthmus.encoders.metamixer_forecaster import SeriesEncoder
+from isthmus.encoders.qlae import DenseEncoder, QLAEEncoder
 from isthmus.robustness.crop_selection import CropSelection
 
 Make = Callable[[], nn.Module]
@@ -130,6 +134,11 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         lambda: MaxoutCNN(32, (4, 6), strides=(2, 1), local=5, dense=(8,)),
         image(32),
     ),
+    "qlae": (
+        lambda: QLAEEncoder(5, 16, widths=(4, 6), kernels=(3, 4), strides=(1, 2), dense=(8,)),
+        image(16),
+    ),
+    "qlae, dense": (lambda: DenseEncoder(5, 8, widths=(8,)), image(8)),
     "crop selection": (lambda: CropSelection(Backbone("resnet10t"), 48, size=64), image()),
     "embedding of a backbone": (lambda: Embedding(Backbone("resnet10t"), 512), image()),
 }
@@ -137,6 +146,15 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
 BOTTLENECKS: dict[str, tuple[Make, Feed]] = {
     "pass-through": (PassThrough, pyramid((4, 8), (8, 4))),
     "vector quantisation": (lambda: VQ(16, 8), pyramid((8, 6))),
+    "latent quantisation": (lambda: LatentQuantization(5, (3, 4, 2, 5, 1)), tokens(1, 5)),
+    "latent quantisation, places": (lambda: LatentQuantization(8, 4), pyramid((4, 8), (8, 4))),
+    "latent quantisation, pooled": (lambda: LatentQuantization(5, 4, channels=8), pyramid((4, 8), (8, 4))),
+    "finite scalars": (lambda: FSQ(8, 5), pyramid((8, 4))),
+    "gaussian latents": (lambda: GaussianLatents(4), tokens(1, 8)),
+    "gaussian latents, total correlation": (
+        lambda: GaussianLatents(3, channels=8, total_correlation=True, samples=100),
+        pyramid((8, 4)),
+    ),
     "key-value": (
         lambda: KeyValueBottleneck(RandomProjection(8, 3, 4), 16, 5, topk=2).freeze_keys(),
         pyramid((4, 8), (8, 4)),
@@ -161,6 +179,11 @@ DECODERS: dict[str, tuple[Make, Feed]] = {
         lambda: MetaMixerHead((4, 6, 8), 5, width=8, depth=1, final_ratio=2),
         pyramid((4, 8), (6, 4), (8, 2)),
     ),
+    "style": (
+        lambda: StyleDecoder(5, 16, widths=(6, 4), kernels=(3, 4), strides=(1, 2), dense=(8,), start=6),
+        tokens(1, 5),
+    ),
+    "dense picture": (lambda: DenseDecoder(5, 8, widths=(8,)), tokens(1, 5)),
     "spark u-net": (lambda: SparKUNet([(4, 4), (8, 8)], width=16, output_stride=4), pyramid((4, 8), (8, 4))),
 }
 

@@ -137,6 +137,9 @@ class Learner:
         else:
             norm = fabric.clip_gradients(self.module, optimizer, max_norm=limit, error_if_nonfinite=False)
         assert norm is not None
+        for group in optimizer.param_groups:  # element by element, where a group asks for it
+            if group.get("clip_value") is not None:
+                torch.nn.utils.clip_grad_value_(group["params"], group["clip_value"])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # ------------------------------------------------------------------------------------------------------- states
