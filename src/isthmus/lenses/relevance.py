@@ -28,7 +28,7 @@ from isthmus.lenses.relevance_pass import RelevancePass, first_tensor
 from isthmus.lenses.relevance_rules import AlphaBeta, Box, Epsilon, Positive, PositiveWeights, Rule, Simple
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-Reduce = Callable[[Tensor], Tensor]
+Reduce = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def relevance(
             without it.
         composite: a name of :data:`COMPOSITES`, a :class:`Composite`, or a composite of zennit.
         start: one unit at the target (its logit may be negative), or the target's logit.
-        reduce: applied to every layer's relevance at once, to keep a summary instead of maps.
+        reduce: ``(name, relevance)`` → what is kept of a layer, such as a sum over places, instead of its maps.
         strict: raise where a function has no rule, rather than using its gradient there.
 
     Raises:
@@ -156,7 +156,7 @@ def relevance(
         if forwards:
             sums.setdefault(name, [None, tensor.detach()])
             return
-        tensor = tensor if reduce is None else reduce(tensor)
+        tensor = tensor if reduce is None else reduce(name, tensor)
         before = sums[name][0]
         if before is not None and before.shape != tensor.shape:
             raise UserError(f"{name} runs on maps of several sizes; give reduce=, such as a sum over places.")
@@ -178,7 +178,7 @@ def relevance(
     for name, (tensor, output) in sums.items():
         assert output is not None
         if tensor is None:  # its output has no part in the answer
-            tensor = torch.zeros_like(output) if reduce is None else reduce(torch.zeros_like(output))
+            tensor = torch.zeros_like(output) if reduce is None else reduce(name, torch.zeros_like(output))
         found[name] = tensor
     return found
 
@@ -230,7 +230,9 @@ def _composite(composite: str | Composite | Any) -> Composite:
     if isinstance(composite, Composite):
         return replace(composite)
     if not isinstance(composite, str) or composite not in COMPOSITES:
-        raise ValueError(f"there is no composite {composite!r}; there are {', '.join(COMPOSITES)}, or give a Composite.")
+        raise ValueError(
+            f"there is no composite {composite!r}; there are {', '.join(COMPOSITES)}, or give a Composite."
+        )
     return COMPOSITES[composite]
 
 
