@@ -45,7 +45,7 @@ def measure(config: Config, seed: int) -> dict[str, float]:
             start = time.perf_counter()
             fit(run, phase, objective, train, config.pretrain, transform)
             seconds.append((time.perf_counter() - start) / (config.pretrain.steps or 1))
-            losses.append(spark._mean_loss(objective, spark._held_out(held_out, size, objective, run)))
+            losses.append(spark.measures.mean_loss(objective, spark.measures.held_out(held_out, size, objective, run)))
     return {"heldout_loss": losses[0], "hierarchy_gain": 1 - losses[0] / losses[1], "seconds": seconds[0]}
 
 

@@ -48,7 +48,7 @@ def _record(folder: Path) -> dict:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run with everything that the claims compare; the speed is measured on a small network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spark, "_speed", functools.partial(spark._speed, name="test_resnet", size=96))
+        patch.setattr(spark.measures, "speed", functools.partial(spark.measures.speed, name="test_resnet", size=96))
         config = dataclasses.replace(TINY, comparisons="on")
         return _run(config, tmp_path_factory.mktemp("spark"))
 
@@ -129,7 +129,7 @@ def test_it_goes_on_from_the_encoder_of_another_run(finished: Path, tmp_path: Pa
 def test_resuming_a_finished_run_repeats_nothing(finished: Path) -> None:
     before = _record(finished)["metrics"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spark, "_speed", lambda run: None)
+        patch.setattr(spark.measures, "speed", lambda run: None)
         config = dataclasses.replace(TINY, comparisons="on")
         _run(config, finished.parent, resume=True)
     after = _record(finished)["metrics"]

@@ -21,38 +21,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
-import json
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import Normalize
 
 from isthmus import data
-from isthmus.codec import UserError, build, create_timm, load_weights, save_weights, spec_of, write_atomically
+from isthmus.codec import UserError, save_weights
 from isthmus.data.augment import RandomErase, TrivialAugment
-from isthmus.data.decoding import Unreadable, decode_image
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Mixup, RandomResizedCrop, Resize
 from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.encoders.backbone import Backbone
 from isthmus.engine.fit import fit
 from isthmus.engine.run import Run
 from isthmus.engine.training import Training
-from isthmus.layers.masking import random_mask
-from isthmus.layers.random import derive_seed
-from isthmus.layers.sparse_conv import check_leaks, sparse_features
+from isthmus.layers.sparse_conv import check_leaks
 from isthmus.objectives import spark_files
 from isthmus.objectives.classification import Classification
 from isthmus.objectives.spark import IMAGENET_MEAN, IMAGENET_STD, SparK, visible_cells
+from isthmus.recipes import _spark_measures as measures
+from isthmus.recipes._spark_use import apply as apply
+from isthmus.recipes._spark_use import convert as convert
+from isthmus.recipes._spark_use import load_pretrained as load_pretrained
+from isthmus.recipes._spark_use import write
 
 needs = ("image", "label?")
 
@@ -186,25 +181,25 @@ def run(config: Config, run: Run) -> None:
     objective = _fit(run, "pretrain", objective, train, config.pretrain, transform)
     _save(run, config, objective, size)
 
-    seen = _held_out(held_out, size, objective, run)
-    losses = {"spark": _mean_loss(objective, seen)}
+    seen = measures.held_out(held_out, size, objective, run, 8 if _is_tryout(run) else 256)
+    losses = {"spark": measures.mean_loss(objective, seen)}
     run.metric("heldout_loss", losses["spark"], unit="of patch variance")
-    _structure(run, objective, seen)
+    measures.structure(run, objective, seen)
     pictures = {"SparK": objective}
     encoders: dict[str, Backbone | None] = {"spark": objective.encoder, "scratch": None}
     if compare:
         coarse = _objective(config, run, levels[-1:])
         coarse = _fit(run, "pretrain-coarsest", coarse, train, config.pretrain, transform)
-        losses["coarsest"] = _mean_loss(coarse, seen)
+        losses["coarsest"] = measures.mean_loss(coarse, seen)
         run.metric("heldout_loss_coarsest", losses["coarsest"], unit="of patch variance")
         run.metric("hierarchy_gain", 1 - losses["spark"] / losses["coarsest"], unit="lower with all scales")
         pictures["coarsest scale only"] = coarse
         zeroed = _objective(config, run, levels, mode="zeroed")
         zeroed = _fit(run, "pretrain-zeroed", zeroed, train, config.pretrain, transform)
-        run.metric("heldout_loss_zeroed", _mean_loss(zeroed, seen), unit="of patch variance")
+        run.metric("heldout_loss_zeroed", measures.mean_loss(zeroed, seen), unit="of patch variance")
         encoders["zeroed"] = zeroed.encoder
-        _speed(run)
-    _draw(run, pictures, seen)
+        measures.speed(run)
+    measures.draw(run, pictures, seen)
 
     if train.classes is None or "label" not in train.columns:
         run.note("These pictures have no labels, so there was no fine-tuning; encoder.safetensors is what you need.")
@@ -289,127 +284,10 @@ def _save(run: Run, config: Config, objective: SparK, size: int) -> None:
     """The encoder as timm loads it, and all that ``apply`` needs."""
     if run.is_first:
         save_weights(objective.encoder.model, run.dir / "encoder.safetensors")
-        _write(run.dir / "spark.safetensors", objective, size)
+        write(run.dir / "spark.safetensors", objective, size)
     call = f"timm.create_model({config.encoder!r}, checkpoint_path={str(run.dir / 'encoder.safetensors')!r})"
     run.artifact("encoder", run.dir / "encoder.safetensors", f"the pre-trained encoder: {call}")
     run.artifact("spark", run.dir / "spark.safetensors", "encoder, decoder and tokens, for isthmus apply")
-
-
-def _write(weights: Path, objective: SparK, size: int) -> None:
-    """Weights, and a JSON beside them from which ``load_pretrained`` rebuilds the modules."""
-    save_weights(objective, weights)
-    description = {"format": "isthmus-spark", "version": 1, "size": size, "objective": spec_of(objective)}
-    write_atomically(weights.with_suffix(".json"), json.dumps(description, indent=1).encode())
-
-
-def _held_out(
-    dataset: data.Dataset, size: int, objective: SparK, run: Run, count: int = 256
-) -> list[dict[str, Tensor]]:
-    """Up to ``count`` held-out images and masks that are the same for every variant."""
-    transform = Compose([Resize(size), CenterCrop(size)])
-    chosen = dataset.select(range(min(8 if _is_tryout(run) else count, len(dataset))))
-    generator, batches = torch.Generator().manual_seed(run.seed), []
-    for batch in data.evaluation_batches(chosen, 64, transform=transform):
-        grid = objective.grid(batch["image"])
-        keep = visible_cells(grid[0] * grid[1], objective.ratio)
-        visible = random_mask(len(batch["image"]), grid, keep, generator)
-        image = batch["image"].to(run.fabric.device)
-        batches.append({"image": image, "visible": visible.to(image.device)})
-    return batches
-
-
-@torch.no_grad()
-def _mean_loss(objective: SparK, batches: Sequence[dict[str, Tensor]]) -> float:
-    objective.eval()
-    losses = [objective.loss(objective.normalise(b["image"]), b["visible"]).loss * len(b["image"]) for b in batches]
-    return float(sum(losses)) / sum(len(b["image"]) for b in batches)
-
-
-@torch.no_grad()
-def _structure(run: Run, objective: SparK, seen: Sequence[dict[str, Tensor]]) -> None:
-    """Hidden pixels change nothing; tiles are masked maps; hidden places stay empty through all stages."""
-    image, visible = objective.normalise(seen[0]["image"][:8]), seen[0]["visible"][:8]
-    pixels = visible.repeat_interleave(objective.patch, 1).repeat_interleave(objective.patch, 2)[:, None]
-    encoder = copy.deepcopy(objective.encoder).eval()
-    features: Any = sparse_features
-    masked = features(encoder, image, visible, "masked")
-    changed = features(encoder, torch.where(pixels, image, 1 - image.flip(0)), visible, "masked")
-    tiled = features(encoder, image, visible, "tiled")
-    run.metric("leak", max(float((a - b).abs().max()) for a, b in zip(masked, changed, strict=True)))
-    run.metric(
-        "tile_error", max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(masked, tiled, strict=True))
-    )
-    share = float(visible.float().mean())
-    filled = [float((a != 0).any(1).float().mean()) for a in masked]
-    dense = [float((a != 0).any(1).float().mean()) for a in encoder(image * pixels)]
-    run.metric("filled_excess", max(filled) - share, unit="of all places")
-    run.metric("filled_dense", dense[-1], unit="of all places")
-
-
-def _speed(run: Run, name: str = "resnet50", size: int = 224, batch: int = 2) -> None:
-    """Encoder time, forwards and backwards, of masked maps over that of tiles; the best of three each, in turn."""
-    run.seed_everything("speed")
-    features: Any = sparse_features
-    device = run.fabric.device
-    encoder = Backbone(name).to(device).train()
-    image = torch.rand(batch, 3, size, size, device=device)
-    grid = (size // 32, size // 32)
-    keep = visible_cells(grid[0] * grid[1], 0.6)
-    visible = random_mask(batch, grid, keep, torch.Generator().manual_seed(0)).to(device)
-    best = {"masked": float("inf"), "tiled": float("inf")}
-    for _ in range(3):
-        for mode in best:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            torch.stack([f.sum() for f in features(encoder, image, visible, mode)]).sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best[mode] = min(best[mode], time.perf_counter() - start)
-    run.metric("tile_speedup", best["masked"] / best["tiled"], unit="times, ResNet-50 encoder")
-
-
-def _draw(run: Run, objectives: dict[str, SparK], seen: Sequence[dict[str, Tensor]], count: int = 8) -> None:
-    """Original, what is visible, and predictions, side by side."""
-    image, visible = seen[0]["image"][:count], seen[0]["visible"][:count]
-    rows = {"original": image, "visible": _greyed(image, visible, next(iter(objectives.values())).patch)}
-    for name, objective in objectives.items():
-        rows[name] = _reconstruct(objective, image, visible)
-    figure = _sheet(rows)
-    run.figure(
-        "reconstructions",
-        figure,
-        "Held-out images. Hidden patches are predicted in units of their own mean and contrast, and drawn with the "
-        "true ones, as in the paper.",
-    )
-
-
-@torch.no_grad()
-def _reconstruct(objective: SparK, image: Tensor, visible: Tensor) -> Tensor:
-    objective.eval()
-    normal = objective.normalise(image)
-    return objective.draw(normal, objective.predict(normal, visible), visible)
-
-
-def _greyed(image: Tensor, visible: Tensor, patch: int) -> Tensor:
-    pixels = visible.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
-    return torch.where(pixels, image, torch.full_like(image, 0.5))
-
-
-def _sheet(rows: dict[str, Tensor]) -> Figure:
-    """One row of pictures for every entry, its name in front."""
-    count = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.3 * count + 0.9, 1.35 * len(rows)))
-    axes = figure.subplots(len(rows), count, squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, images.cpu(), strict=True):
-            axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-        line[0].set_ylabel(name, fontsize=8)
-    figure.tight_layout(pad=0.3)
-    return figure
 
 
 # ------------------------------------------------------------------------------------------------------- fine-tuning
@@ -489,110 +367,3 @@ def _tell_skipped(run: Run, *datasets: data.Dataset) -> None:
         if len(skipped) > 1:
             told = f"{len(skipped)} images could not be read and were"
         run.note(f"{told} left out: {named}{more}.")
-
-
-# ----------------------------------------------------------------------------------------------------- using a run
-
-
-def load_pretrained(folder: Path) -> tuple[SparK, int]:
-    """The objective that a run (or ``convert``) left, and the image size it was trained at.
-
-    Raises:
-        UserError: the folder holds no SparK run, or a file of it is damaged.
-    """
-    try:
-        description = json.loads((folder / "spark.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no readable spark.json; give the folder of a finished spark run.") from error
-    if description.get("format") != "isthmus-spark":
-        raise UserError(f"{folder / 'spark.json'} is not of a spark run.")
-    objective = build(description["objective"])
-    load_weights(objective, folder / "spark.safetensors")
-    return objective.eval(), int(description["size"])
-
-
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Hide patches of each picture and predict them: original, visible part and prediction side by side, as PNG.
-
-    Pictures keep their shape; the shorter side becomes that of the training images. Those that do not decode are
-    skipped and named.
-    """
-    objective, size = load_pretrained(run_dir)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    objective.to(device)
-    written: list[Path] = []
-    skipped: list[str] = []
-    for path in inputs:
-        try:
-            picture = decode_image(path).float()[None] / 255
-        except Unreadable as error:
-            skipped.append(f"{path}: {error}")
-            continue
-        sides = [_fitting(side, min(picture.shape[2:]), size, objective.patch) for side in picture.shape[2:]]
-        image = F.interpolate(picture, sides, mode="bicubic", antialias=True).clamp(0, 1).to(device)
-        generator = torch.Generator().manual_seed(derive_seed("apply", path.name))
-        visible = objective.draw_mask(image, generator).to(device)
-        panels = [image, _greyed(image, visible, objective.patch), _reconstruct(objective, image, visible)]
-        target = out / f"{path.stem}-spark.png"
-        if target in written:
-            target = out / f"{path.stem}-{len(written)}-spark.png"
-        write_atomically(target, _png(panels))
-        written.append(target)
-    if skipped:
-        sys.stderr.write(f"{len(skipped)} of {len(inputs)} files could not be read: {'; '.join(skipped)}\n")
-    if not written:
-        raise UserError(f"none of the {len(inputs)} files is a picture that can be read.")
-    return written
-
-
-def _fitting(side: int, shorter: int, size: int, patch: int) -> int:
-    """A side scaled so that the shorter one becomes ``size``, rounded to patches, four times ``size`` at most."""
-    return min(max(round(side * size / shorter / patch), size // patch), 4 * size // patch) * patch
-
-
-def _png(panels: Sequence[Tensor]) -> bytes:
-    gap = torch.ones(1, 3, panels[0].shape[2], 4)
-    parts = [part for panel in panels for part in (panel.cpu(), gap)][:-1]
-    pixels = torch.cat(parts, 3)[0].permute(1, 2, 0).mul(255).round().byte().numpy()
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-# ------------------------------------------------------------------------------------------- published checkpoints
-
-
-def convert(path: Path, out: Path, encoder: str = "") -> Path:
-    """A published checkpoint to safetensors, or ours back to the published form.
-
-    ``*_1kpretrained_timm_style.pth`` and ``*_official_style.pth`` become a file that
-    ``timm.create_model(NAME, checkpoint_path=...)`` loads (with a fresh head). ``*_withdecoder_*_spark_style.pth``
-    becomes the weights of :class:`isthmus.objectives.spark.SparK`, with a JSON of its making beside it. A
-    ``.safetensors`` file of ours becomes the published form; give ``--out FILE.pth``.
-
-    Args:
-        path: the checkpoint.
-        out: the file to write.
-        encoder: its timm name, where the shapes do not tell (they do for the published ones).
-    """
-    if path.suffix == ".safetensors":
-        return spark_files.write_published(path, out)
-    state, made = spark_files.read_published(path)
-    backbone = spark_files.backbone_of(state)
-    model = create_timm(encoder or spark_files.guess_encoder(backbone, path))
-    spark_files.load_backbone(model, backbone, path)
-    if backbone is state:
-        save_weights(model, out)
-        return out
-    scales = sum("mask_tokens" in name for name in state)
-    pyramid = Backbone(model, reductions=[32 >> k for k in reversed(range(scales))])
-    norm = "batch" if "decoder.densify.norms.0.running_mean" in state else "layer"
-    width = state["decoder.blocks.0.up_sample.weight"].shape[0]
-    objective = SparK(pyramid, SparKUNet(pyramid.feature_info, width, norm), float(made.get("mask_ratio", 0.6)))
-    decoder = {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
-    try:
-        objective.decoder.load_state_dict(decoder)
-    except RuntimeError as error:
-        raise UserError(f"{path} has another decoder than the published one: {str(error).splitlines()[-1]}") from error
-    _write(out, objective, int(made.get("sparse_encoder.input_size", 224)))
-    return out
