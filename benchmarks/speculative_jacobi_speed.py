@@ -123,9 +123,7 @@ def main() -> None:
     costs = {f"recipe's prior, {name}": row for name, row in small.items()}
     costs |= {f"8 layers of 768, {name}": row for name, row in wide.items()}
     print(table(costs))
-    limit = (
-        "seconds saved = tokens / (passes x window cost); the passes are a property of the model, not of the machine"
-    )
+    limit = "times as fast = tokens / (passes x window cost); passes belong to the model, window cost to the machine"
     record("speculative_jacobi_speed", {"sampling": rows, "passes": costs}, pictures=PICTURES, limit=limit)
 
 
