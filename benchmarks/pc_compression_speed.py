@@ -146,7 +146,7 @@ def conditionals(rounds: int) -> dict[str, dict[str, float]]:
         }
         found = compare(ways, rounds=rounds)
         for (name, row), way in zip(found.items(), ways.values(), strict=True):
-            rows[name] = {**row, "evaluations of the circuit": way().evaluated / schedule.nodes}
+            rows[name] = {**row, "evaluations": way().evaluated / schedule.nodes}
     return rows
 
 
@@ -181,7 +181,7 @@ def coding(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=("training", "conditionals", "coding"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
