@@ -20,6 +20,8 @@ from isthmus.codec import FeatureInfo, PassThrough
 from isthmus.decoders.conv_tokenizer import ConvDetokenizer
 from isthmus.decoders.digit_sequence import DigitSequence
 from isthmus.decoders.ffnet_head import FFNetHead
+from isthmus.decoders.latent_heads import LatentHeads
+from isthmus.decoders.latent_painter import LatentPainter
 from isthmus.decoders.metamixer_head import MetaMixerHead
 from isthmus.decoders.metamixer_sr import MetaMixerSR
 from isthmus.decoders.necks import FPN, HorFPN
@@ -39,6 +41,7 @@ from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.conv_tokenizer import ConvTokenizer
 from isthmus.encoders.embedding import Embedding
 from isthmus.encoders.maxout_cnn import MaxoutCNN
+from isthmus.encoders.meg_conv import MEGConv
 from isthmus.encoders.metamixer_forecaster import SeriesEncoder
 from isthmus.encoders.qlae import DenseEncoder, QLAEEncoder
 from isthmus.robustness.crop_selection import CropSelection
@@ -130,6 +133,17 @@ ENCODERS: dict[str, tuple[Make, Feed]] = {
         ),
         lambda g: torch.randn(2, 4000, generator=g),
     ),
+    "meg convnet": (
+        lambda: MEGConv(
+            layout=[[i / 8, i * 5 % 9 / 8] for i in range(9)],
+            out_channels=6,
+            attention=5,
+            position_dim=8,
+            mix=4,
+            hidden=6,
+        ),
+        lambda g: torch.randn(2, 9, 16, generator=g),
+    ),
     "street numbers": (
         lambda: MaxoutCNN(32, (4, 6), strides=(2, 1), local=5, dense=(8,)),
         image(32),
@@ -184,6 +198,8 @@ DECODERS: dict[str, tuple[Make, Feed]] = {
         tokens(1, 5),
     ),
     "dense picture": (lambda: DenseDecoder(5, 8, widths=(8,)), tokens(1, 5)),
+    "latents of a window": (lambda: LatentHeads(8, 5, length=9, two=True), tokens(9, 8)),
+    "latent painter": (lambda: LatentPainter(8, size=16, width=16), lambda g: [torch.randn(2, 8, generator=g)]),
     "spark u-net": (lambda: SparKUNet([(4, 4), (8, 8)], width=16, output_stride=4), pyramid((4, 8), (8, 4))),
 }
 

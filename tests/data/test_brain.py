@@ -243,3 +243,8 @@ def test_impossible_options_are_told() -> None:
             load(source, "test", ("signal",))
     with pytest.raises(UserError, match="no column audio"):
         load("brain", "test", ("audio",))
+
+
+def test_nothing_stands_behind_the_colon() -> None:
+    with pytest.raises(UserError, match="brain takes nothing after a colon, got '9'"):
+        load("brain:9", "test", ("signal",))

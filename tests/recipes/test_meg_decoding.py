@@ -21,7 +21,10 @@ from isthmus.recipes import meg_decoding
 from isthmus.recipes._meg_decoding_trials import Trials, averaged_predictions, read, retrieve
 from isthmus.recipes.meg_decoding import Config
 
-SIZE = "brain?subjects=2&trials=40&stimuli=6&repeats=2&features=4&sensors=12&geometry=sphere&noise=0.2&evoked=1&induced=0&signal=0.5"
+SIZE = (
+    "brain?subjects=2&trials=40&stimuli=6&repeats=2&features=4&sensors=12&geometry=sphere&noise=0.2"
+    "&evoked=1&induced=0&signal=0.5"
+)
 TINY = Config(
     data=SIZE,
     evoked="",
@@ -127,10 +130,8 @@ def test_recordings_and_latents_of_a_vision_model(tmp_path: Path) -> None:
     metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
     assert "top5_cnn" in metrics
     assert "semantic_lag" not in metrics, "nobody knows the truth of a recording"
-    assert (
-        Codec.from_pretrained(run.dir / "decoder").decoder.retrieval.out_features
-        == timm.create_model("test_resnet").num_features
-    )  # type: ignore[union-attr]
+    decoder: Any = Codec.from_pretrained(run.dir / "decoder").decoder
+    assert decoder.retrieval.out_features == timm.create_model("test_resnet").num_features
 
 
 def test_sources_without_targets_are_refused(tmp_path: Path) -> None:
