@@ -126,6 +126,8 @@ def load(
         raise UserError(_unknown(source, kind))
     if (found.needs_argument and not argument) or (colon and not argument):
         raise UserError(f"{kind}: wants something after the colon, as in {_example(found)}.")
+    if argument and not found.argument:
+        raise UserError(f"{kind} takes nothing after a colon, got {argument!r}; options stand behind a ?.")
     check_split(source, split)
     given: dict[str, Any] = {**dict(parse_qsl(query, keep_blank_values=True)), **options}
     if argument:
