@@ -96,7 +96,8 @@ class Raster:
             ValueError: one of them is no token of the model.
         """
         chosen = range(vocabulary) if self.tokens is None else self.tokens
-        if min(chosen[0], chosen[-1], min(chosen)) < 0 or max(chosen[0], chosen[-1], max(chosen)) >= vocabulary:
+        ends = (chosen[0], chosen[-1]) if isinstance(chosen, range) else chosen  # a pass must not walk a whole range
+        if min(ends) < 0 or max(ends) >= vocabulary:
             raise ValueError(f"the raster has image tokens beyond the model's {vocabulary}.")
         if isinstance(chosen, range):
             return torch.arange(chosen.start, chosen.stop, chosen.step, device=device)
