@@ -5,9 +5,11 @@
     python -m benchmarks.large_kernel_speed --only networks --batches 1 --rounds 3
 
 *Convolutions*: ``DepthwiseConv`` against ``torch.nn.Conv2d`` in either memory format and against the FFT, for the maps
-that a 224 px image has in the four stages of UniRepLKNet-T. *Networks*: UniRepLKNet-T, ours in training form and
-merged, against a plain transcription of the published equations (un-merged branches, ``Conv2d``, NCHW) with the same
-weights and the same numbers coming out, and timm's ConvNeXt-T and ResNet-50 for orientation.
+that a 224 px image has in the four stages of UniRepLKNet-T, and for maps smaller than the kernels. The limit is the
+core's peak, of which the direct way reaches two thirds (see :mod:`isthmus.layers.large_kernel`). *Networks*:
+UniRepLKNet-T, ours in training form and merged, against a plain transcription of the published equations (un-merged
+branches, ``Conv2d``, NCHW) with the same weights and the same numbers coming out, and timm's ConvNeXt-T and ResNet-50
+for orientation.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from benchmarks.transcription import Case, Settings, familiar, run, warmed
 from isthmus.encoders.unireplknet import BRANCHES, convert_official, default_kernels
 from isthmus.layers.large_kernel import DepthwiseConv
 
-STAGES = ((80, 56), (160, 28), (320, 14), (640, 7))
+STAGES = ((80, 56), (160, 28), (320, 14), (640, 7))  # channels, side of the map
+SMALL = ((320, 4), (640, 2))  # what is left of a 64 px image in the last stages
 KERNELS = ((7, 1), (13, 1), (31, 1), (7, 2), (3, 5))  # side, dilation
 DEPTHS, DIMS = (3, 3, 18, 3), (80, 160, 320, 640)
 
@@ -128,7 +131,7 @@ class PlainUniRepLKNet(nn.Module):
 
 def convolutions(batch: int, settings: Settings) -> Iterator[Case]:
     """Every map, kernel and way."""
-    for channels, side in STAGES:
+    for channels, side in STAGES + SMALL:
         for kernel, dilation in KERNELS:
             x = torch.randn(batch, channels, side, side, device=settings.device)
             for layout in (torch.contiguous_format, torch.channels_last):
