@@ -9,6 +9,11 @@ shape is drawn, how far two clicks are apart, how a square moves, which body poi
 sinusoids has, and the next day of the ETTh1 series (of drawn ones where those are not at hand); how far every merged
 network is from the trained one.
 
+What comes out: one network does learn all six, and merging is exact. That large kernels help does not show in pictures
+this small, whose whole extent the deep stages of the 3x3 network see as well: on periods both are alike. And they learn
+more slowly. In the 500 steps of the click distances the 3x3 network has them all and the 13x13 one only on some seeds,
+which also costs it the 85 % that every task should reach; in 1,000 steps it has them all too.
+
     from isthmus.encoders.as_image import AsImage, AudioImage
     from isthmus.encoders.backbone import Backbone
     (tokens,) = AsImage(AudioImage(), Backbone("unireplknet_a", in_chans=1))(waveforms)      # (B, L) → (B, N, C)
