@@ -210,6 +210,9 @@ class LinearScope:
         if not 1 <= k <= min(inputs, outputs):
             raise ValueError(f"F is {outputs} × {inputs} and has 1 to {min(inputs, outputs)} triplets; asked for {k}.")
         width = min(k + extra, inputs, outputs)
+        if width == min(inputs, outputs):  # so few rows or columns that forming them is one round
+            u, s, vh = torch.linalg.svd(self.matrix(), full_matrices=False)
+            return SVD(u.T[:k].reshape(k, *self.y.shape[1:]), s[:k], vh[:k].reshape(k, *self.x.shape[1:]))
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         start = torch.randn(inputs, width, generator=generator, dtype=torch.float64).to(self.x)
         v, before = torch.linalg.qr(start)[0], None

@@ -1,4 +1,4 @@
-"""52-street-numbers: likelihood and joint MAP, coverage with ties, one maxout layer, counts of the described networks."""
+"""52-street-numbers: likelihood and joint MAP, coverage with ties, a maxout layer, counts of the described networks."""
 
 from __future__ import annotations
 
