@@ -16,7 +16,7 @@ two claims on what that is good for do not hold here. Accuracy is equal on avera
 seeds, more than the one point allowed. And at 32 pixels shape is the easier cue: networks of either kind that have
 learnt the agreeing pictures go by it in 99 % of the contradicting ones, which leaves nothing to gain.
 
-The verdict is over seeds 3 to 5. A first one over seeds 0 to 2 was set aside, because its networks had learnt only 60 to
+The verdict is over seeds 3 to 5. One over seeds 0 to 2 was set aside, because its networks had learnt only 60 to
 80 % of the agreeing pictures, which makes the question about contradicting ones empty; the bars stayed. There too the
 shape bias did not hold (-0.06), and of the others accuracy did (-0.009) and the relative field did not (0.97).
 
