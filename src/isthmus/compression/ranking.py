@@ -33,7 +33,11 @@ def lowest(
 
 
 def choose(
-    scores: Sequence[Tensor], costs: Sequence[int], number: int, floor: int | float = 1, equal: bool = False
+    scores: Sequence[Tensor],
+    costs: Sequence[int],
+    number: int,
+    floor: int | float | Sequence[int] = 1,
+    equal: bool = False,
 ) -> list[tuple[int, int]]:
     """Units ``(group, unit)`` of least score whose costs add up to ``number``, or a little more.
 
@@ -41,7 +45,7 @@ def choose(
         scores: of every group's units.
         costs: filters that a unit of a group takes with it.
         number: filters to remove.
-        floor: as in :func:`lowest`, of units.
+        floor: as in :func:`lowest`, of units; or one number for each group.
         equal: as in :func:`lowest`.
 
     Raises:
@@ -50,12 +54,13 @@ def choose(
     for score in scores:
         if score.ndim != 1 or not torch.isfinite(score).all():
             raise ValueError("scores must be one finite number a filter.")
-    spare = [max(0, len(score) - kept(len(score), floor)) for score in scores]
+    floors = [kept(len(s), floor) for s in scores] if isinstance(floor, int | float) else list(floor)
+    spare = [max(0, len(score) - least) for score, least in zip(scores, floors, strict=True)]
     most = sum(s * c for s, c in zip(spare, costs, strict=True))
     if number < 0 or number > most:
         raise ValueError(
-            f"{number} filters were asked to go, {most} can with a floor of {floor:g} in every layer; keep more, or "
-            "lower the floor."
+            f"{number} filters were asked to go, {most} can, because every layer keeps its floor; keep more filters, "
+            "or lower the floor."
         )
     if equal:
         total = sum(len(score) * c for score, c in zip(scores, costs, strict=True))

@@ -138,9 +138,10 @@ class Surgery:
             with _still(self.model), torch.no_grad():
                 self.model(self.example)
         except Exception as error:
+            cut = ", ".join(self.groups[place].root for place in chosen)
             raise UserError(
-                f"{type(self.model).__name__} does not run any more after {', '.join(self.groups[p].root for p in chosen)} "
-                f"were cut ({_brief(error)}); leave those layers out."
+                f"{type(self.model).__name__} does not run any more after {cut} were cut ({_brief(error)}); leave those "
+                "layers out."
             ) from error
 
     # -------------------------------------------------------------------------------------------------------- parts

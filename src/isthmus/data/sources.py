@@ -44,6 +44,9 @@ _SOURCES = {
             "real digits composed to numbers on photographs, 54×54; street-numbers:16x32?most=3&warp=0",
         ),
         Source("textures", "isthmus.data.textures", "size", "oriented noise in eight classes, 98×98; textures:64"),
+        Source(
+            "planar", "isthmus.data.planar", "kind", "points in the plane: planar:moon, planar:circle, planar:spiral"
+        ),
         Source("fields", "isthmus.data.fields", "size", "noise fields with a target made of products of up to four"),
         Source(
             "brain", "isthmus.data.brain", "", "simulated people look at things under MEG; brain?subjects=1&trials=200"

@@ -28,6 +28,7 @@ from isthmus.lenses.relevance_pass import RelevancePass, first_tensor
 from isthmus.lenses.relevance_rules import AlphaBeta, Box, Epsilon, Positive, PositiveWeights, Rule, Simple
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_POSITIVE = Positive()
 Reduce = Callable[[str, Tensor], Tensor]
 
 
@@ -41,8 +42,8 @@ class Composite:
         first: of the layer that sees the input; ``None`` leaves it to the others.
     """
 
-    conv: Rule = Positive()
-    linear: Rule = Positive()
+    conv: Rule = _POSITIVE
+    linear: Rule = _POSITIVE
     first: Rule | None = None
 
     def rule(self, name: str, kind: str, is_first: bool) -> Rule:

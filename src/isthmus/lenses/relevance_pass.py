@@ -17,7 +17,7 @@ A function of no kind raises, rather than breaking conservation silently.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,8 +134,9 @@ class RelevancePass:
         given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
         layer: Layer | None = getattr(given["input"], "_relevance_layer", None)
         mean, var = given.get("running_mean"), given.get("running_var")
-        usable = layer is not None and layer.version == given["input"]._version and not given.get("training")
-        if not usable or mean is None or var is None or (layer.out_axis == 1 and len(mean) != layer.weight.shape[1]):
+        if layer is None or layer.version != given["input"]._version or given.get("training"):
+            return self.identity(call, tracked)
+        if mean is None or var is None or (layer.out_axis == 1 and len(mean) != layer.weight.shape[1]):
             return self.identity(call, tracked)
         scale = (var.detach() + given.get("eps", 1e-5)).rsqrt()
         if given.get("weight") is not None:
@@ -171,6 +172,22 @@ class RelevancePass:
         return propagate(
             call.run, lambda relevance: tuple((relevance / len(takers)).sum_to_size(t.shape) for t in takers), *takers
         )
+
+    def addcmul(self, call: Call, tracked: list[Tensor]) -> Tensor:
+        """x + v · a · b, as the sum of a product that it is."""
+        x, a, b = cast(Any, call.args)[:3]
+        scaled = b * call.kwargs.get("value", 1)
+        scaled = propagate(lambda: scaled.detach(), lambda relevance: (relevance,), b) if b.requires_grad else scaled
+        factors = [t for t in (a, scaled) if t.requires_grad]
+        product = self.products(Call(torch.mul, "mul", (a, scaled), {}), factors) if factors else a * scaled
+        terms = [t for t in (x, product) if t.requires_grad]
+        return self.sums(Call(torch.add, "add", (x, product), {}), terms)
+
+    def glu(self, call: Call, tracked: list[Tensor]) -> Tensor:
+        """The first half is the signal, the second a gate."""
+        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else -1)
+        signal, gate = tracked[0].chunk(2, dim)
+        return self.products(Call(torch.mul, "mul", (signal, gate.detach().sigmoid()), {}), [signal])
 
     def averages(self, call: Call, tracked: list[Tensor]) -> Tensor:
         """Linear in one argument: the ε rule."""
@@ -280,6 +297,8 @@ _KINDS: dict[str, Callable[[RelevancePass, Call, list[Tensor]], Any]] = dict(
     (
         ("batch_norm", RelevancePass.batch_norm),
         ("scaled_dot_product_attention", RelevancePass.attention),
+        ("addcmul", RelevancePass.addcmul),
+        ("glu", RelevancePass.glu),
         *_named(
             RelevancePass.identity,
             "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid "
@@ -299,108 +318,18 @@ _KINDS: dict[str, Callable[[RelevancePass, Call, list[Tensor]], Any]] = dict(
         *_named(RelevancePass.constant, "softmax log_softmax softmin var std var_mean std_mean logsumexp norm"),
     )
 )
-_MOVES = frozenset(
-    [
-        "reshape",
-        "view",
-        "permute",
-        "transpose",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "cat",
-        "concat",
-        "concatenate",
-        "stack",
-        "hstack",
-        "vstack",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "tensor_split",
-        "unbind",
-        "getitem",
-        "index_select",
-        "narrow",
-        "select",
-        "gather",
-        "take",
-        "take_along_dim",
-        "pad",
-        "constant_pad_nd",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "max_pool1d_with_indices",
-        "max_pool2d_with_indices",
-        "max_pool3d_with_indices",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "adaptive_max_pool1d_with_indices",
-        "adaptive_max_pool2d_with_indices",
-        "adaptive_max_pool3d_with_indices",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "maximum",
-        "minimum",
-        "topk",
-        "sort",
-        "roll",
-        "flip",
-        "rot90",
-        "expand",
-        "expand_as",
-        "repeat",
-        "repeat_interleave",
-        "tile",
-        "broadcast_to",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "t",
-        "get",
-        "clone",
-        "to",
-        "type",
-        "type_as",
-        "float",
-        "half",
-        "double",
-        "bfloat16",
-        "cpu",
-        "cuda",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "native_channel_shuffle",
-        "unfold",
-        "fold",
-        "where",
-        "masked_fill",
-        "masked_select",
-        "diagonal",
-        "setitem",
-        "copy",
-        "view_as",
-        "reshape_as",
-        "as_strided",
-        "requires_grad",
-        "retain_grad",
-        "zero",
-        "fill",
-        "unsafe_chunk",
-        "unsafe_split",
-        "align_to",
-        "adjoint",
-    ]
-)
+_MOVE_NAMES = """
+reshape view permute transpose flatten unflatten ravel squeeze unsqueeze contiguous cat concat concatenate stack hstack
+vstack split split_with_sizes chunk tensor_split unbind getitem index_select narrow select gather take take_along_dim
+pad constant_pad_nd max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices
+adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices amax amin max min maximum minimum topk sort roll flip
+rot90 expand expand_as repeat repeat_interleave tile broadcast_to movedim moveaxis swapaxes swapdims t get clone to type
+type_as float half double bfloat16 cpu cuda pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold
+fold where masked_fill masked_select diagonal setitem copy view_as reshape_as as_strided requires_grad retain_grad zero
+fill unsafe_chunk unsafe_split adjoint
+"""
+_MOVES = frozenset(_MOVE_NAMES.split())
 
 
 def first_tensor(out: Any, model: nn.Module) -> Tensor:

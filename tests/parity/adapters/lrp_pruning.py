@@ -68,9 +68,11 @@ def vgg(case: Case) -> dict[str, Tensor]:
         found |= {f"rank_{name}.conv{i}": scores[layer] for i, layer in enumerate(convs)}
     z = PositiveWeights()
     found["R_first.input"] = relevance(model, x, label, Composite(z, z, Box(-1.0, 1.0))).input
-    for theirs, ours in (("weight", "weight"), ("grad", "gradient"), ("ICLR", "taylor")):
-        for suffix, normalize in (("", "none"), ("_norm", "l1" if ours == "weight" else "l2")):
-            scores = filter_scores(model, [(x, label)], Criterion(ours, normalize=normalize))
+    pairs: tuple[tuple[str, Any], ...] = (("weight", "weight"), ("grad", "gradient"), ("ICLR", "taylor"))
+    for theirs, ours in pairs:
+        for suffix in ("", "_norm"):
+            plain = Criterion(ours, normalize="none")
+            scores = filter_scores(model, [(x, label)], Criterion(ours) if suffix else plain)
             found |= {f"rank_{theirs}{suffix}.conv{i}": scores[layer] for i, layer in enumerate(convs)}
 
     scores = filter_scores(model, [(x, label)], Criterion("relevance", composite="z", normalize="sum"))
