@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
+from isthmus.bottlenecks.latent_quantization import LatentQuantization
 from isthmus.bottlenecks.splitters import RandomProjection
 from isthmus.codec import Codec, write_atomically
 from isthmus.decoders.digit_sequence import DigitSequence, negative_log_likelihood, read
@@ -28,6 +29,7 @@ from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.meg_conv import MEGConv
 from isthmus.layers.pool import GlobalMean
 from isthmus.lenses.linear_scope import LinearScope
+from isthmus.lenses.relevance import relevance
 from isthmus.robustness.crop_selection import CropSelection
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -102,6 +104,18 @@ def _key_value(encoder: Any, x: Tensor) -> None:
     assert out.prediction.shape == (len(x), CLASSES)
 
 
+def _latents(encoder: Any, x: Tensor) -> None:
+    """Six quantised latents; their tables and the encoder learn for a step."""
+    bottleneck = LatentQuantization(6, 5, channels=encoder.feature_info[-1].channels)
+    codec = Codec(encoder, bottleneck, DigitSequence(6, max_digits=1, grid=1)).train()
+    out = codec(x)
+    (out.prediction.digits.logsumexp(2).sum() + out.code.loss).backward()
+    assert out.code.indices is not None
+    assert out.code.indices.shape == (len(x), 6)
+    assert bottleneck.tables.grad is not None
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+
+
 def _segmentation(encoder: Any, x: Tensor) -> None:
     """Logits at the finest level, and a training step."""
     head = FFNetHead([level.channels for level in encoder.feature_info], CLASSES, divisor=16)
@@ -127,6 +141,15 @@ def _linear_scope(encoder: Any, x: Tensor) -> None:
     assert scope.contribution(0).shape == x.shape[1:]
 
 
+def _relevance(encoder: Any, x: Tensor) -> None:
+    """Every layer gets its share of one unit, and the input too."""
+    model = nn.Sequential(encoder, GlobalMean()).eval()
+    found = relevance(model, x[:1], target=0, reduce=lambda _, each: each.flatten(1).sum(1))
+    assert len(found) > 1
+    assert found.input.shape == x[:1].shape
+    assert all(torch.isfinite(each).all() for each in found.values())
+
+
 def _crop_selection(encoder: Any, x: Tensor) -> None:
     """Shifted views that choose the same crop give the same features."""
     robust = CropSelection(encoder, 48, size=64, cyclic=True).eval()
@@ -137,9 +160,11 @@ def _crop_selection(encoder: Any, x: Tensor) -> None:
 
 PARTS: dict[str, Cross] = {
     "key-value bottleneck": _key_value,
+    "latent quantisation": _latents,
     "segmentation head": _segmentation,
     "street-number head": _street_numbers,
     "linear interpreter": _linear_scope,
+    "relevance": _relevance,
     "crop selection": _crop_selection,
 }
 

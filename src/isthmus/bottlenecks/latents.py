@@ -1,7 +1,8 @@
 """From a level of features to a vector of latents: what the bottlenecks of a few numbers share.
 
-``LatentHead`` brings a level into the form ``(…, L)``. ``GaussianLatents`` are those of a variational autoencoder
-(β-VAE, ICLR 2017; β-TCVAE, arXiv 1802.04942); ``FSQ`` rounds bounded latents to a fixed grid (arXiv 2309.15505).
+``LatentHead`` brings a level into the form ``(…, L)``; ``PlainLatents`` pass it on. ``GaussianLatents`` are those of a
+variational autoencoder (β-VAE, ICLR 2017; β-TCVAE, arXiv 1802.04942); ``FSQ`` rounds bounded latents to a fixed grid
+(arXiv 2309.15505).
 """
 
 from __future__ import annotations
@@ -47,6 +48,28 @@ class LatentHead(nn.Module):
     def restore(self, z: Tensor, level: Tensor) -> Tensor:
         """Latents ``(…, L)`` in the layout of the level that they come from."""
         return z.movedim(-1, 1) if level.ndim == 4 and self.linear is None else z
+
+
+@part
+class PlainLatents(nn.Module):
+    """Latents as they are, those of an ordinary autoencoder.
+
+    Args:
+        latents: L.
+        channels: as of :class:`isthmus.bottlenecks.latent_quantization.LatentQuantization`.
+
+    Shapes: ``[(B, L)]`` → the same.
+    """
+
+    def __init__(self, latents: int, channels: int | None = None) -> None:
+        super().__init__()
+        self.latents = latents
+        self.head = LatentHead(latents, channels)
+
+    def forward(self, features: list[Tensor]) -> Code:
+        """The last level, mapped where ``channels`` say so."""
+        z = self.head(features[-1])
+        return Code([self.head.restore(z, features[-1])], None, z.new_zeros(()))
 
 
 @part
