@@ -176,12 +176,12 @@ def test_readme_table_is_up_to_date() -> None:
 
 def test_readme_table_is_rewritten_in_place_and_only_there(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{catalog.MARKS[0]}\nold\n{catalog.MARKS[1]}\nafter\n")
+    readme.write_text(f"before\n{catalog.MARKS[0]}\nwhat stood here\n{catalog.MARKS[1]}\nafter\n")
     assert catalog.update_readme(readme, tmp_path)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "what stood here" not in text
     assert text.count("| 52 |") == 1
     assert not catalog.update_readme(readme, tmp_path)
     readme.write_text("no marks")
