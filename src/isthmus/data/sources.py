@@ -43,6 +43,7 @@ _SOURCES = {
             "size",
             "real digits composed to numbers on photographs, 54×54; street-numbers:16x32?most=3&warp=0",
         ),
+        Source("discs", "isthmus.data.discs", "size", "720 soft discs, every colour, radius and place once, 16×16"),
         Source("textures", "isthmus.data.textures", "size", "oriented noise in eight classes, 98×98; textures:64"),
         Source(
             "planar", "isthmus.data.planar", "kind", "points in the plane: planar:moon, planar:circle, planar:spiral"

@@ -7,12 +7,13 @@
 InfoM (modularity): every latent tells of one source. InfoE (explicitness): sources can be read off linearly. InfoC
 (compactness): every source is told by one latent. 1 is best, 0 is chance. Sources are categories; latents are either
 discrete, where mutual information is that of the table of counts, or continuous, where it is estimated from nearest
-neighbours (Ross 2014; ``metrics/mutual_information.py``). The readers of InfoE are in ``metrics/explicitness.py``.
+neighbours (Ross 2014; ``metrics/mutual_information.py``). The readers of InfoE are in ``metrics/explicitness.py``; as
+published, they read all latents, active or not.
 
 Cases that the paper leaves open: a constant source is left out; a latent that varies and tells of nothing adds 0 to
-the mean of InfoM (its preference is even), and so does a source that nothing tells of to InfoC; without an active latent
-all three are 0; InfoM of one source and InfoC of one active latent are NaN, because nothing can be mixed up. All of
-these are told in ``notes`` and as warnings.
+the mean of InfoM (its preference is even), and so does a source that nothing tells of to InfoC; without an active
+latent all three are 0; InfoM of one source and InfoC of one active latent are NaN, because nothing can be mixed up.
+All of these are told in ``notes`` and as warnings.
 """
 
 from __future__ import annotations

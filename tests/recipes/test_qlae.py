@@ -1,0 +1,114 @@
+"""The recipe of QLAE: scores and pictures, own data with and without causes, other encoders, apply."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from isthmus.codec import UserError
+from isthmus.engine import Run, Training
+from isthmus.recipes import qlae
+from isthmus.recipes.qlae import Config
+
+BRIEF = Training(steps=3, batch_size=32, lr=1e-3, schedule="constant")
+SMALL = Config(latents=4, values=3, training=BRIEF, gan=replace(BRIEF, steps=6, batch_size=8))
+
+
+def ran(folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
+    with Run.quick(folder, name="qlae", config=config) as run:
+        qlae.run(config, run)
+    return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    every = (*Config().arms, "qlae_global_table", "qlae_frozen_tables", "gan")
+    return ran(tmp_path_factory.mktemp("qlae"), replace(SMALL, arms=every, measured=90))
+
+
+def test_every_arm_is_scored_and_drawn(finished: tuple[Path, dict[str, Any]]) -> None:
+    metrics = {name: entry["value"] for name, entry in finished[1]["metrics"].items()}
+    drawn = {figure["name"] for figure in finished[1]["figures"]}
+    for arm in ("qlae", "ae", "ae_with_decay", "vae", "tcvae", "fsq", "qlae_global_table", "gan"):
+        assert metrics[f"psnr_{arm}"] > 0
+        assert 0 <= metrics[f"infoe_{arm}"] <= 1
+        assert f"traversal_{arm}" in drawn
+    assert metrics["metric_permuted"] == pytest.approx(1)
+    assert metrics["metric_rotated"] < 0.8
+    assert metrics["margin_over_ae"] == pytest.approx(metrics["infom_qlae"] - metrics["infom_ae"])
+
+
+def test_apply_writes_codes_and_what_latents_change(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    Image.fromarray(np.full((20, 30, 3), 128, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "no.txt").write_text("no picture")
+    written = qlae.apply(finished[0], [tmp_path / "a.png", tmp_path / "no.txt"], tmp_path / "out")
+    assert [path.name for path in written] == ["codes.json", "a-latents.png"]
+    told = json.loads(written[0].read_text())
+    codec, facts = qlae.load(finished[0])
+    entry = told[str(tmp_path / "a.png")]
+    code = codec.encode(torch.full((1, 3, facts.size, facts.size), 128 / 255)).indices
+    assert code is not None
+    assert entry["code"] == code.flatten().tolist()
+    assert len(entry["values"]) == len(facts.names) == 4
+    assert "skipped" in told[str(tmp_path / "no.txt")]
+    with pytest.raises(UserError, match="none of the inputs"):
+        qlae.apply(finished[0], [tmp_path / "no.txt"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def table(path: Path, **columns: list[Any]) -> str:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8)
+    features = datasets.Dataset.from_dict({"image": [Image.fromarray(x) for x in pixels], **columns})
+    features.to_parquet(path)
+    return f"parquet:{path}"
+
+
+def test_columns_of_a_table_are_causes(tmp_path: Path) -> None:
+    hue, kind = [i % 4 for i in range(40)], ["ab"[i % 2] for i in range(40)]
+    data = table(tmp_path / "mine.parquet", hue=hue, kind=kind, one=[1] * 40, free=[i / 7 for i in range(40)])
+    config = replace(SMALL, data=data, arms=("qlae", "ae"), train_split="train", eval_split="train")
+    report = ran(tmp_path, config)[1]
+    assert "infom_qlae" in report["metrics"]
+    with pytest.raises(UserError, match="no column 'shade'"):
+        ran(tmp_path / "other", replace(config, factors=("shade",)))
+
+
+def test_pictures_without_causes_are_coded_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (12, 20, 24, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    config = replace(SMALL, data=f"folder:{tmp_path / 'pictures'}", arms=("qlae",))
+    folder, report = ran(tmp_path, config)
+    assert "psnr_qlae" in report["metrics"]
+    assert "infom_qlae" not in report["metrics"]
+    assert qlae.load(folder)[1].names == [f"latent {i}" for i in range(4)]
+
+
+def test_any_timm_encoder_and_the_published_kind_of_network(tmp_path: Path) -> None:
+    config = replace(SMALL, size=32, data="discs:32", arms=("qlae", "vae"), measured=60)
+    assert "infom_qlae" in ran(tmp_path / "a", replace(config, encoder="resnet10t"))[1]["metrics"]
+    small = replace(config, network="small", training=replace(BRIEF, steps=1, batch_size=4))
+    assert "infom_qlae" in ran(tmp_path / "b", small)[1]["metrics"]
+
+
+def test_says_what_is_wrong(tmp_path: Path) -> None:
+    for number, (config, told) in enumerate(
+        (
+            (replace(SMALL, arms=()), "at least one of --arms"),
+            (replace(SMALL, arms=("gan",), encoder="resnet10t"), "leave --encoder out"),
+            (replace(SMALL, network="image", size=20), "give larger|no map grows"),
+            (replace(SMALL, values=0), "at least one value"),
+        )
+    ):
+        with pytest.raises(UserError, match=told):
+            ran(tmp_path / str(number), config)
+    with pytest.raises(UserError, match="run the recipe to its end"):
+        qlae.load(tmp_path)
