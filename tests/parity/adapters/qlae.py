@@ -38,7 +38,9 @@ def count(name: str, entry: dict[str, Any]) -> dict[str, int]:
     sizes = c["num_latents"], c["image"]
     parts = QLAEEncoder(*sizes), StyleDecoder(*sizes), LatentQuantization(sizes[0], c["num_values_per_latent"])
     encoder, decoder, tables = (sum(p.numel() for p in part.parameters()) for part in parts)
-    return {"encoder": encoder, "decoder": decoder, "params": encoder + decoder + tables}
+    # The entry's config calls the kinds of network "encoder" and "decoder" too, so these two are compared here.
+    assert (encoder, decoder) == (entry["encoder"], entry["decoder"])
+    return {"params": encoder + decoder + tables}
 
 
 # ------------------------------------------------------------------------------------------------------------- models
