@@ -145,6 +145,7 @@ def test_every_source_is_listed_with_a_summary():
         "photos",
         "scenes",
         "street-numbers",
+        "discs",
         "textures",
         "fields",
         "brain",
