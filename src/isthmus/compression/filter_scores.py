@@ -112,7 +112,7 @@ def filter_scores(
         UserError: no samples, or a layer never runs.
         ValueError: labels that the model does not have.
     """
-    criterion = Criterion(criterion) if isinstance(criterion, str) else criterion
+    criterion = Criterion(criterion) if isinstance(criterion, str) else criterion  # type: ignore[arg-type]
     names = list(layers_of(model) if layers is None else layers)
     modules = dict(model.named_modules())
     chosen = {name: modules[name] for name in names}

@@ -99,7 +99,7 @@ def prune(
             raise ValueError(f"keep is the share of filters that stays, above 0 and up to 1; got {share}.")
     if not 0 < step <= 1 or list(keeps) != sorted(keeps, reverse=True):
         raise ValueError(f"step must lie above 0 and up to 1 and shares descend, got step {step} and {list(keeps)}.")
-    criterion = Criterion(criterion) if isinstance(criterion, str) else criterion
+    criterion = Criterion(criterion) if isinstance(criterion, str) else criterion  # type: ignore[arg-type]
     samples = [] if calibration is None else list(calibration)
     spec = _spec(model)
     before = _size(model, example)
