@@ -67,13 +67,8 @@ def compress(
         UserError: torch-pruning is missing, nothing can be cut, or no samples are given.
         ValueError: shares out of range, or a floor that keeps more than ``keep``.
     """
-    final = None
-    for final in prune(
-        model, example, calibration, [keep], criterion, step, floor, equal, join, layers, finetune, generator
-    ):
-        pass
-    assert final is not None
-    return final
+    way = prune(model, example, calibration, [keep], criterion, step, floor, equal, join, layers, finetune, generator)
+    return next(iter(way))
 
 
 def prune(

@@ -140,8 +140,8 @@ class Surgery:
         except Exception as error:
             cut = ", ".join(self.groups[place].root for place in chosen)
             raise UserError(
-                f"{type(self.model).__name__} does not run any more after {cut} were cut ({_brief(error)}); leave those "
-                "layers out."
+                f"{type(self.model).__name__} does not run any more after {cut} were cut ({_brief(error)}); leave "
+                "those layers out."
             ) from error
 
     # -------------------------------------------------------------------------------------------------------- parts
@@ -256,7 +256,7 @@ def _answering(model: nn.Module, example: Tensor) -> set[str]:
     """Layers whose output is what the model returns."""
     outputs: list[tuple[str, Tensor]] = []
     handles = [
-        m.register_forward_hook(lambda _m, _i, out, name=name: outputs.append((name, out)))
+        m.register_forward_hook(lambda _m, _i, out, name=name: outputs.append((name, out)))  # type: ignore[misc]
         for name, m in model.named_modules()
         if isinstance(m, LAYERS)
     ]

@@ -1,0 +1,114 @@
+"""The recipe of relevance pruning: the plane, a person's own network, and pictures to explain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from isthmus.codec import UserError, create_timm
+from isthmus.compression.relevance_pruning import load_pruned
+from isthmus.data import load
+from isthmus.engine import Run, Training
+from isthmus.recipes import lrp_pruning
+from isthmus.recipes.lrp_pruning import Config
+
+SHORT = Training(steps=4, batch_size=32, optimizer="sgd", lr=0.05)
+
+
+def finished(folder: Path, config: Config, **options: Any) -> tuple[Path, dict[str, float], dict[str, Any]]:
+    with Run.quick(folder, name="lrp-pruning", config=config, **options) as run:
+        lrp_pruning.run(config, run)
+    report = json.loads((run.dir / "report.json").read_text())
+    return run.dir, {name: entry["value"] for name, entry in report["metrics"].items()}, report
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float], dict[str, Any]]:
+    short = Training(steps=60, batch_size=400, optimizer="momentum", lr=0.05, schedule="constant")
+    config = Config(
+        width=24, shots=(1, 3), draws=1, plane=short, training=SHORT, test_images=60, step=0.5, others=("random",)
+    )
+    return finished(tmp_path_factory.mktemp("plane"), config)
+
+
+def test_the_plane_compares_every_criterion(plane: tuple[Path, dict[str, float], dict[str, Any]]) -> None:
+    metrics = plane[1]
+    for few in (1, 3):
+        taylors = [metrics[f"plane_accuracy_{name}_{few}"] for name in ("taylor", "taylor_plain", "taylor_sample")]
+        gain = metrics[f"plane_accuracy_relevance_{few}"] - max(taylors)
+        assert metrics[f"plane_gain_over_taylor_{few}"] == pytest.approx(gain)
+        assert metrics[f"plane_accuracy_weight_{few}"] == metrics["plane_accuracy_weight_1"]  # needs no references
+    assert metrics["plane_cut_difference"] < 1e-5
+    names = {figure["name"] for figure in plane[2]["figures"]}
+    assert {"plane", "decisions", "pruning", "relevance_before", "relevance_after", "layers"} <= names
+
+
+def test_the_kept_network_is_smaller_and_explains_pictures(
+    plane: tuple[Path, dict[str, float], dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, metrics, _ = plane
+    network = load_pruned(folder / "pruned.safetensors")
+    assert sum(p.numel() for p in network.parameters()) == metrics["parameters_after"] < metrics["parameters_before"]
+    assert metrics["macs_after"] < metrics["macs_before"]
+    (tmp_path / "in").mkdir()
+    digit = load("digits", "test")[3]["image"].permute(1, 2, 0).numpy()
+    Image.fromarray(digit).save(tmp_path / "in" / "three.png")
+    (tmp_path / "in" / "no.png").write_text("no picture")
+    files = sorted((tmp_path / "in").iterdir())
+    written = lrp_pruning.apply(folder, files, tmp_path / "out")
+    assert [path.name for path in written] == ["classes.json", "three-relevance.png"]
+    found = json.loads(written[0].read_text())
+    assert found[str(files[1])]["class"] in {str(n) for n in range(10)}
+    assert "skipped" in found[str(files[0])]
+    with pytest.raises(UserError, match="none of the inputs"):
+        lrp_pruning.apply(folder, files[:1], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="run the recipe to its end"):
+        lrp_pruning.apply(tmp_path, files, tmp_path / "none")
+
+
+def test_a_persons_own_network_is_pruned_and_fine_tuned(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(create_timm("cifar_resnet20", num_classes=10).state_dict(), tmp_path / "mine.safetensors")
+    own = {
+        "model": "timm:cifar_resnet20",
+        "checkpoint": str(tmp_path / "mine.safetensors"),
+        "data": "digits",
+        "size": 8,
+    }
+    config = Config(**own, keep=0.6, step=0.2, references=1, finetune=True, finetuning=SHORT, others=(), test_images=40)
+    _, metrics, report = finished(tmp_path, config)
+    assert metrics["filters_left"] == pytest.approx(0.6, abs=0.01)
+    assert {"finetune_relevance_1", "finetune_relevance_2"} <= {curve.split("/")[0] for curve in report["curves"]}
+
+
+def test_wrong_settings_are_told(tmp_path: Path) -> None:
+    wrong: dict[str, dict[str, Any]] = {
+        "needs the name of its network": {"checkpoint": "x.safetensors"},
+        "takes timm:NAME": {"model": "hub:thing", "data": "digits"},
+        "give pictures with --data": {"model": "timm:resnet18"},
+        "all three sets": {"data": "planar:moon"},
+        "--keep must lie between 0 and 1": {"keep": 1.5},
+        "must be 1 or more": {"references": 0},
+        "there are no rules": {"composite": "magic"},
+        "no criterion 'magnitude'": {"criterion": "magnitude"},
+        "there is no checkpoint": {"data": "digits", "model": "timm:resnet18", "checkpoint": "none.safetensors"},
+    }
+    for i, (message, settings) in enumerate(wrong.items()):
+        with pytest.raises(ValueError, match=message):
+            finished(tmp_path / str(i), Config(**settings))
+    three = create_timm("cifar_resnet20", num_classes=3).state_dict()
+    save_file(three, tmp_path / "three.safetensors")
+    settings: dict[str, Any] = {
+        "data": "digits",
+        "model": "timm:cifar_resnet20",
+        "checkpoint": str(tmp_path / "three.safetensors"),
+    }
+    with pytest.raises(UserError, match="tells 3 classes apart"):
+        finished(tmp_path / "three", Config(**settings))
