@@ -58,7 +58,11 @@ def plainly(sources: np.ndarray, latents: np.ndarray, discrete: bool) -> tuple[f
                 nmi[i, j] = mutual_info_score(source, latents[:, j]) / entropy
             else:
                 found = mutual_info_classif(
-                    scaled[:, j : j + 1], source, discrete_features=False, n_neighbors=10, random_state=0  # type: ignore[arg-type]
+                    scaled[:, j : j + 1],
+                    source,
+                    discrete_features=False,
+                    n_neighbors=10,
+                    random_state=0,  # type: ignore[arg-type]
                 )
                 nmi[i, j] = found[0] / entropy
         reader = LogisticRegression(C=np.inf, class_weight="balanced", tol=1e-4, max_iter=100)
