@@ -7,10 +7,11 @@ fine-tuned afterwards; a relevance pass costs about one gradient pass.
 What is measured here, on moons, circles and a spiral: a network of three hidden layers, the last without an activation
 as in the released code, trained with plain SGD, loses a third of its units in one shot, ranked on 1, 5 and 20
 references a class, five draws each. Relevance is compared with the best of three ways to drop Taylor's signs. The
-claim depends on the setting: after Adam both relevance and Taylor fall below chance cuts, and with an activation
-everywhere one reference a class is too few for a gain. Weight magnitude needs no references and wins at this scale, and
-with one reference a class even chance does, whatever criterion looks at it; no win over either is claimed. Then a convolutional network is trained on digits and cut in steps by every criterion, where
-Taylor may well win too.
+claim depends on the setting: after Adam both relevance and Taylor are said to fall below chance cuts (not tried here),
+and in a pilot with an activation everywhere one reference a class brought no gain. No win over weights or chance is
+claimed: weight magnitude needs no references and wins at this scale, and cutting at random does better than relevance
+on one and on five references a class. Then a convolutional network is trained on digits and cut in steps by every
+criterion; there Taylor keeps more accuracy than relevance.
 
 ``isthmus run lrp-pruning --model timm:NAME --checkpoint FILE --data SOURCE --keep 0.5`` prunes a network that a person
 has; ``--finetune`` trains it a little after every step. The run keeps ``pruned.safetensors``, which
