@@ -147,6 +147,7 @@ def test_every_source_is_listed_with_a_summary():
         "street-numbers",
         "discs",
         "textures",
+        "planar",
         "fields",
         "brain",
         "meg",
