@@ -83,7 +83,7 @@ class Peer(nn.Module):
         )
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        z, _, loss = self.quantiser(self.encoder(image)[0])
+        z, _, loss = self.quantiser(self.encoder(image)[0].flatten(1))  # it wants (B, latents)
         return nn.functional.binary_cross_entropy_with_logits(self.decoder([z]), image) + loss
 
 
