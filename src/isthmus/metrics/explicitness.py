@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 from scipy.optimize import minimize
 
 from isthmus.metrics.mutual_information import codes
@@ -35,11 +36,11 @@ def explicitness(sources: Any, latents: Any, discrete: bool, steps: int | None =
     return float(np.mean(found))
 
 
-def log_loss(x: np.ndarray, label: np.ndarray, steps: int | None = 100) -> float:
+def log_loss(x: Any, label: np.ndarray, steps: int | None = 100) -> float:
     """Mean log loss, unweighted, of the balanced multinomial reader of ``x`` ``(n, F)`` on its own samples.
 
     Args:
-        x: inputs; an intercept is added.
+        x: inputs, an array or a sparse one; an intercept is added.
         label: ``(n,)``, class numbers from 0, all of them met.
         steps: most steps of L-BFGS; ``None`` until converged.
     """
@@ -47,28 +48,31 @@ def log_loss(x: np.ndarray, label: np.ndarray, steps: int | None = 100) -> float
     sizes = np.bincount(label)
     classes, rows = len(sizes), np.arange(n)
     weight = (n / (classes * sizes))[label] / n  # sums to 1
-    inputs = np.concatenate([x, np.ones((n, 1))], 1)
+    back = x.T.tocsr() if sparse.issparse(x) else x.T
 
-    def log_shares(w: np.ndarray) -> np.ndarray:
-        logits = inputs @ w.reshape(width + 1, classes)
+    def shares(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What every class gets, and the logarithm of what the right one gets."""
+        w = w.reshape(width + 1, classes)
+        logits = x @ w[:-1] + w[-1]
         logits -= logits.max(1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(1, keepdims=True))
-        return logits
+        right = logits[rows, label]
+        share = np.exp(logits, out=logits)
+        total = share.sum(1, keepdims=True)
+        share /= total
+        return share, right - np.log(total[:, 0])
 
     def loss_and_slope(w: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = log_shares(w)
-        loss = -float((weight * logits[rows, label]).sum())
-        slope = np.exp(logits)
+        slope, right = shares(w)
         slope[rows, label] -= 1
         slope *= weight[:, None]
-        return loss, (inputs.T @ slope).ravel()
+        return -float(weight @ right), np.concatenate([(back @ slope).ravel(), slope.sum(0)])
 
     options = {"maxiter": steps or 20000, "maxfun": 10**6, "maxls": 50, "ftol": 64 * np.finfo(float).eps}
     # The published tolerance of 1e-4 is of the summed loss.
     options["gtol"] = 1e-4 / n if steps else 1e-8
     start = np.zeros((width + 1) * classes)
     fitted = minimize(loss_and_slope, start, method="L-BFGS-B", jac=True, options=options)
-    return -float(log_shares(fitted.x)[rows, label].mean())
+    return -float(shares(fitted.x)[1].mean())
 
 
 def explained_variance(sources: Any, latents: Any) -> float:
@@ -90,7 +94,11 @@ def _standardised(latents: Any) -> np.ndarray:
     return (x - x.mean(0)) / np.where(deviation > 0, deviation, 1)
 
 
-def _one_hot(latents: Any) -> np.ndarray:
+def _one_hot(latents: Any) -> sparse.csr_array:
+    """One entry a latent and sample; so wide a matrix is almost empty."""
     numbers = codes(latents)
-    columns = [column[:, None] == np.arange(column.max() + 1) for column in numbers.T]
-    return np.concatenate(columns, 1).astype(np.float64)
+    widths = numbers.max(0) + 1
+    columns = numbers + np.concatenate([[0], np.cumsum(widths)[:-1]])
+    n, latent_count = numbers.shape
+    bounds = np.arange(n + 1) * latent_count
+    return sparse.csr_array((np.ones(columns.size), columns.ravel(), bounds), shape=(n, int(widths.sum())))
