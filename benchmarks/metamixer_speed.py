@@ -5,8 +5,8 @@
     python -m benchmarks.metamixer_speed --only networks --batches 1 --rounds 3
 
 *Mixers*: FFNified attention with 7x7 kernels on the maps of FFNet-2's last two stages, plain, ours, ours merged, and
-self-attention of the same width for orientation. *Networks*: FFNet-2, with the same weights and the same numbers out.
-*Forecasters*: the ETTh1 network, 51-tap kernels in time.
+self-attention of the same width for orientation. *Networks*: FFNet-1 and -2, with the same weights and the same
+numbers out. *Forecasters*: the ETTh1 network, 51-tap kernels in time.
 
 The limit: FFNet-2 takes 6.0e9 multiply-adds at 256 pixels (4.6e9 at 224), nine tenths of them in 1x1 convolutions,
 which run at the speed of a matrix product. What merging saves is the rest: of every 7x7 unit two normalisations, one
@@ -28,7 +28,9 @@ from isthmus.encoders import metamixer, metamixer_forecaster
 from isthmus.encoders.metamixer_forecaster import MetaMixerForecaster
 from isthmus.layers.metamixer import convert_blocks, ffnified_attention, reparameterize, self_attention
 
-DEPTHS, DIMS, OPERATORS = (3, 3, 15, 3), (88, 176, 352, 704), (3, 3, 7, 7)
+OPERATORS = (3, 3, 7, 7)
+#: Depths, widths, and the kernel of the channel mixers.
+SIZES = {1: ((2, 2, 8, 2), (80, 160, 320, 640), 3), 2: ((3, 3, 15, 3), (88, 176, 352, 704), 7)}
 
 
 def conv_bn(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -66,11 +68,11 @@ class PlainToken(nn.Module):
 
 
 class PlainChannel(nn.Module):
-    """Depthwise unit, 1x1, GELU, 1x1."""
+    """Depthwise unit, or 3x3 and BN, then 1x1, GELU, 1x1."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, kernel: int) -> None:
         super().__init__()
-        self.conv = PlainUnit(dim, dim)
+        self.conv = PlainUnit(dim, dim) if kernel == 7 else conv_bn(dim, dim, kernel, groups=dim)
         self.fc1, self.fc2 = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(3 * dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,10 +93,10 @@ class PlainResidual(nn.Module):
 class PlainBlock(nn.Module):
     """Token mixer, channel mixer."""
 
-    def __init__(self, dim: int, kernel: int) -> None:
+    def __init__(self, dim: int, kernel: int, channel_kernel: int) -> None:
         super().__init__()
         self.token_mixer = nn.Sequential(PlainResidual(PlainToken(dim, kernel)))
-        self.channel_mixer = PlainResidual(PlainChannel(dim))
+        self.channel_mixer = PlainResidual(PlainChannel(dim, channel_kernel))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.channel_mixer(self.token_mixer(x))
@@ -118,16 +120,17 @@ class PlainDown(nn.Module):
 
 
 class PlainFFNet(nn.Module):
-    """FFNet-2, names as published."""
+    """FFNet-1 or FFNet-2, names as published."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.patch_embed = nn.Sequential(conv_bn(3, 64, 3, 2), nn.GELU(), conv_bn(64, DIMS[0], 3, 2))
+        depths, dims, channel = SIZES[size]
+        self.patch_embed = nn.Sequential(conv_bn(3, 64, 3, 2), nn.GELU(), conv_bn(64, dims[0], 3, 2))
         self.stages = nn.ModuleList()
-        for i, (depth, dim, kernel) in enumerate(zip(DEPTHS, DIMS, OPERATORS, strict=True)):
-            down = [PlainDown(DIMS[i - 1], dim)] if i else []
-            self.stages.append(nn.Sequential(*down, *(PlainBlock(dim, kernel) for _ in range(depth))))
-        self.norm, self.head = nn.BatchNorm2d(DIMS[-1]), nn.Linear(DIMS[-1], 1000)
+        for i, (depth, dim, kernel) in enumerate(zip(depths, dims, OPERATORS, strict=True)):
+            down = [PlainDown(dims[i - 1], dim)] if i else []
+            self.stages.append(nn.Sequential(*down, *(PlainBlock(dim, kernel, channel) for _ in range(depth))))
+        self.norm, self.head = nn.BatchNorm2d(dims[-1]), nn.Linear(dims[-1], 1000)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
@@ -155,17 +158,18 @@ def mixers(batch: int, settings: Settings) -> Iterator[Case]:
 
 
 def networks(batch: int, settings: Settings) -> Iterator[Case]:
-    """FFNet-2."""
-    plain = warmed(PlainFFNet())
-    ours: Any = timm.create_model("metamixer_ffnet_2")
-    ours.load_state_dict(metamixer.convert_official(plain.state_dict()))
-    yield Case(
-        "FFNet-2",
-        {"plain": plain, "ours": ours, "ours, merged": merged(ours)},
-        settings.images(batch),
-        familiar(),
-        forward_only={"ours, merged"},
-    )
+    """FFNet-1 and FFNet-2."""
+    for size in SIZES:
+        plain = warmed(PlainFFNet(size))
+        ours: Any = timm.create_model(f"metamixer_ffnet_{size}")
+        ours.load_state_dict(metamixer.convert_official(plain.state_dict()))
+        yield Case(
+            f"FFNet-{size}",
+            {"plain": plain, "ours": ours, "ours, merged": merged(ours)},
+            settings.images(batch),
+            familiar(),
+            forward_only={"ours, merged"},
+        )
 
 
 class PlainForecastBlock(nn.Module):
