@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from isthmus.codec import UserError
-from isthmus.data.dataset import Dataset, Unreadable, pick_needs
+from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import below, normal, unit, words
 from isthmus.data.scenes import CANVAS, MOTIONS, Motion, Scene, Thing, describe, move, render
 from isthmus.data.splits import check_split
@@ -30,26 +30,14 @@ _NAMES = (
 _COLOURS = ("red", "green", "blue", "yellow", "white")
 
 
-class Clips(Dataset):
+class Clips(Drawn):
     """Clip i is a function of (seed, split, i): ``video`` uint8 ``(T, 3, S, S)``, ``label``, ``caption``."""
 
     def __init__(
         self, name: str, wanted: Sequence[str], size: int, frames: int, noise: int, count: int, seed: int
     ) -> None:
-        super().__init__(name, _COLUMNS, _NAMES)
-        self.wanted, self.size, self.frames, self.noise = tuple(wanted), size, frames, noise
-        self.count, self.seed = count, seed
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, index: int) -> dict[str, Any]:
-        return {key: values[0] for key, values in self._columns([index]).items()}
-
-    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
-        """Several clips, drawn together."""
-        data = self._columns(indices)
-        return [{key: values[i] for key, values in data.items()} for i in range(len(indices))]
+        super().__init__(name, _COLUMNS, wanted, count, seed, _NAMES)
+        self.size, self.frames, self.noise = size, frames, noise
 
     def scene(self, index: int) -> tuple[Scene, Motion]:
         """The first frame of a clip, and how its square moves."""
@@ -73,7 +61,7 @@ class Clips(Dataset):
         thing = Thing("square", colour, size, x, y, int(below(draws[5], 90)), shade=int(below(draws[6], 33)) - 16)
         return Scene((thing,), ground="black", texture="plain", grain=0, seed=int(below(draws[7], 2**31 - 1))), motion
 
-    def _columns(self, indices: Sequence[int]) -> dict[str, Any]:
+    def draw(self, indices: Sequence[int]) -> dict[str, Any]:
         scenes = [self.scene(int(index)) for index in indices]
         data: dict[str, Any] = {"label": torch.as_tensor(np.asarray(indices, dtype=np.int64) % len(_NAMES))}
         if "caption" in self.wanted:

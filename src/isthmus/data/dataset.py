@@ -175,6 +175,47 @@ class Subset(Dataset):
         return super().fetch(indices, replace)
 
 
+class Drawn(Dataset):
+    """Samples that are drawn when they are asked for, several at once: :meth:`draw` is all that a source has to write.
+
+    Args:
+        wanted: the columns to draw, of ``columns``.
+        count: number of samples.
+        seed: of the source and split; sample i is a function of it and i.
+
+    The others are those of :class:`Dataset`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        columns: Sequence[str],
+        wanted: Sequence[str],
+        count: int,
+        seed: int,
+        classes: Sequence[str] | None = None,
+        image_size: tuple[int, int] | None = None,
+        in_memory: bool = False,
+    ) -> None:
+        super().__init__(name, columns, classes, image_size, in_memory)
+        self.wanted, self.count, self.seed = tuple(wanted), count, seed
+
+    @abstractmethod
+    def draw(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The columns wanted: a tensor of all samples, or a list with something of each."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> dict[str, Any]:
+        return {column: values[0] for column, values in self.draw([index]).items()}
+
+    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
+        """Several samples, drawn together."""
+        data = self.draw(indices)
+        return [{column: values[i] for column, values in data.items()} for i in range(len(indices))]
+
+
 class Memory(Dataset):
     """Samples that stand in memory: one tensor or list a column, all of one length.
 

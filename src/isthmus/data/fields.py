@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from isthmus.codec import UserError
-from isthmus.data.dataset import Dataset, pick_needs
+from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import words
 from isthmus.data.splits import check_split
 from isthmus.layers.random import derive_seed
@@ -26,26 +26,16 @@ OFFSETS = ((0, 0), (0, 2), (2, 0), (-2, 1))
 MARGIN = 3
 
 
-class Fields(Dataset):
+class Fields(Drawn):
     """Field i is a function of (seed, split, i)."""
 
     def __init__(
         self, name: str, wanted: Sequence[str], channels: int, size: int, degrees: Sequence[int], count: int, seed: int
     ) -> None:
-        super().__init__(name, _COLUMNS, in_memory=True)
-        self.wanted, self.channels, self.size = tuple(wanted), channels, size
-        self.degrees, self.count, self.seed = tuple(degrees), count, seed
+        super().__init__(name, _COLUMNS, wanted, count, seed, in_memory=True)
+        self.channels, self.size, self.degrees = channels, size, tuple(degrees)
 
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, index: int) -> dict[str, Any]:
-        return self._drawn([index])[0]
-
-    def read_many(self, indices: Sequence[int]) -> list[Any]:
-        return self._drawn(indices)
-
-    def _drawn(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def draw(self, indices: Sequence[int]) -> dict[str, Any]:
         shape = (len(indices), self.channels, self.size, self.size)
         noise = _normal(words(self.seed, np.asarray(indices), 2 * int(np.prod(shape[1:])))).reshape(shape)
         signal = torch.from_numpy(noise.astype(np.float32))
@@ -59,7 +49,7 @@ class Fields(Dataset):
             "terms": terms,
             "mask": mask.expand(len(indices), -1, -1),
         }
-        return [{name: columns[name][i] for name in self.wanted} for i in range(len(indices))]
+        return {name: columns[name] for name in self.wanted}
 
 
 def _normal(draws: np.ndarray) -> np.ndarray:

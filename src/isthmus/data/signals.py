@@ -7,13 +7,12 @@ whose slowest common period is the class, under drifts and other tones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from isthmus.codec import UserError
-from isthmus.data.dataset import Dataset, Unreadable, pick_needs
+from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import normal, unit, words
 from isthmus.data.splits import check_split
 from isthmus.layers.random import derive_seed
@@ -25,26 +24,15 @@ _LENGTHS = {"bumps": 1024, "sinusoids": 128}
 _NOISE = 1.0  # deviation of the noise of sinusoids
 
 
-class Signals(Dataset):
+class Signals(Drawn):
     """Series i is a function of (seed, split, i): ``signal`` float32 ``(1, L)``, ``label``; classes take turns."""
 
     def __init__(self, name: str, wanted: Sequence[str], kind: str, length: int, count: int, seed: int) -> None:
         values = DISTANCES if kind == "bumps" else PERIODS
-        super().__init__(name, _COLUMNS, [str(round(v * length / _LENGTHS[kind])) for v in values])
-        self.wanted, self.kind, self.length, self.count, self.seed = tuple(wanted), kind, length, count, seed
+        super().__init__(name, _COLUMNS, wanted, count, seed, [str(round(v * length / _LENGTHS[kind])) for v in values])
+        self.kind, self.length = kind, length
 
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, index: int) -> dict[str, Any]:
-        return {key: values[0] for key, values in self._columns([index]).items()}
-
-    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
-        """Several series, drawn together."""
-        data = self._columns(indices)
-        return [{key: values[i] for key, values in data.items()} for i in range(len(indices))]
-
-    def _columns(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def draw(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         label = np.asarray(indices, dtype=np.int64) % 4
         data: dict[str, torch.Tensor] = {"label": torch.from_numpy(label)}
         if "signal" in self.wanted:

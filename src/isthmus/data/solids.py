@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from isthmus.codec import UserError
-from isthmus.data.dataset import Dataset, Unreadable, pick_needs
+from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import normal, unit, words
 from isthmus.data.splits import check_split
 from isthmus.layers.random import derive_seed
@@ -19,25 +18,14 @@ SOLIDS = ("sphere", "cube", "cone", "torus")
 _TUBE = 0.4  # radius of the torus's tube over that of its ring
 
 
-class Solids(Dataset):
+class Solids(Drawn):
     """Cloud i is a function of (seed, split, i): ``points`` float32 ``(P, 3)`` within the unit ball; ``label``."""
 
     def __init__(self, name: str, wanted: Sequence[str], points: int, noise: int, count: int, seed: int) -> None:
-        super().__init__(name, _COLUMNS, SOLIDS)
-        self.wanted, self.points, self.noise, self.count, self.seed = tuple(wanted), points, noise, count, seed
+        super().__init__(name, _COLUMNS, wanted, count, seed, SOLIDS)
+        self.points, self.noise = points, noise
 
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, index: int) -> dict[str, Any]:
-        return {key: values[0] for key, values in self._columns([index]).items()}
-
-    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
-        """Several clouds, drawn together."""
-        data = self._columns(indices)
-        return [{key: values[i] for key, values in data.items()} for i in range(len(indices))]
-
-    def _columns(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def draw(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         label = np.asarray(indices, dtype=np.int64) % len(SOLIDS)
         data: dict[str, torch.Tensor] = {"label": torch.from_numpy(label)}
         if "points" in self.wanted:

@@ -8,13 +8,12 @@ apart are the spectra of moments, what tells the second apart lies far away in t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from isthmus.codec import UserError
-from isthmus.data.dataset import Dataset, Unreadable, pick_needs
+from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import below, normal, unit, words
 from isthmus.data.splits import check_split
 from isthmus.layers.random import derive_seed
@@ -28,7 +27,7 @@ DISTANCES = (0.12, 0.24, 0.36, 0.48)  # seconds between the two clicks
 _MOST = 5  # events a clip
 
 
-class Sounds(Dataset):
+class Sounds(Drawn):
     """Clip i is a function of (seed, split, i): ``audio`` float32 ``(L,)`` in [-1, 1], rounded to 16 bits; ``label``.
 
     Attributes:
@@ -37,21 +36,10 @@ class Sounds(Dataset):
 
     def __init__(self, name: str, wanted: Sequence[str], kind: str, rate: int, count: int, seed: int) -> None:
         classes = EVENTS if kind == "events" else [f"{1000 * distance:.0f} ms" for distance in DISTANCES]
-        super().__init__(name, _COLUMNS, classes)
-        self.wanted, self.kind, self.rate, self.count, self.seed = tuple(wanted), kind, rate, count, seed
+        super().__init__(name, _COLUMNS, wanted, count, seed, classes)
+        self.kind, self.rate = kind, rate
 
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, index: int) -> dict[str, Any]:
-        return {key: values[0] for key, values in self._columns([index]).items()}
-
-    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
-        """Several clips, drawn together."""
-        data = self._columns(indices)
-        return [{key: values[i] for key, values in data.items()} for i in range(len(indices))]
-
-    def _columns(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def draw(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         label = np.asarray(indices, dtype=np.int64) % len(self.classes or ())
         data: dict[str, torch.Tensor] = {"label": torch.from_numpy(label)}
         if "audio" in self.wanted:

@@ -45,6 +45,7 @@ from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.embedding import Embedding
 from isthmus.encoders.pixels import Pixels
+from isthmus.encoders.trained import trained
 from isthmus.engine import Run, Training
 from isthmus.recipes import _dkvb_stream as streams
 from isthmus.recipes import _dkvb_toy as toy
@@ -324,16 +325,19 @@ def _encoder(config: Config, images: Dataset, classes: list[str]) -> tuple[Embed
         if size > 64:
             raise UserError(f"{size} pixels a side are too many to be an embedding; give --encoder, or --size 32.")
         return Embedding(Pixels(), size * size, "flat", grey=True), Pictures(classes, size, (0.0,) * 3, (1.0,) * 3)
-    arguments = {"checkpoint_path": config.weights} if config.weights else {}
-    try:
-        network: Any = create_timm(config.encoder, pretrained=config.pretrained, **arguments)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"weights of {config.encoder} cannot be had ({reason}); give them with --weights, or --no-pretrained."
-        ) from error
+    network: Any
+    if config.weights is not None:
+        network = trained(config.encoder, config.weights)
+    else:
+        try:
+            network = create_timm(config.encoder, pretrained=config.pretrained)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"weights of {config.encoder} cannot be had ({reason}); give them with --weights, or --no-pretrained."
+            ) from error
     made_for: Any = network.pretrained_cfg
     size = config.size or int(made_for["input_size"][-1])
     backbone = Backbone(network, None if config.reduction is None else (config.reduction,))
