@@ -49,6 +49,9 @@ def test_chunks_are_consecutive_and_learned_projections_have_codebooks_inside() 
     assert torch.equal(learned(x)[:, 2, :, 3], out[..., 3 * 5 + 2])
     with pytest.raises(ValueError, match="12 channels cannot be cut into 5"):
         Chunk(12, 5)
+    for made, sizes in ((Chunk, (12, 0)), (RandomProjection, (12, 0, 4)), (LearnedProjection, (12, 5, -1))):
+        with pytest.raises(ValueError, match="must be 1 or more"):
+            made(*sizes)
 
 
 # -------------------------------------------------------------------------------------------------------------- keys

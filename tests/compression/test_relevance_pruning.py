@@ -18,7 +18,7 @@ from isthmus.compression.relevance_pruning import compress, load_pruned, save_pr
 from isthmus.compression.surgery import Surgery
 
 NETWORKS: dict[str, dict[str, Any]] = {
-    "cifar_resnet20": {},  # shortcuts that append channels: their groups stay whole
+    "cifar_resnet20": {},  # shortcuts that append channels
     "resnet10t": {},  # residual sums
     "densenet121": {"growth_rate": 4, "block_config": (2, 2)},  # concatenations
     "mobilenetv3_small_050": {},  # depthwise, squeeze and excite
@@ -100,6 +100,56 @@ def test_residual_sums_lose_the_channel_on_both_sides() -> None:
         surgery.model(x), silenced(model, {"stem": [0, 2, 5], "branch": [0, 2, 5], "side": [0]})(x)
     )
     assert surgery.left["stem"].tolist() == [1, 3, 4, 6, 7]  # original numbers, whatever went before
+
+
+def test_streams_with_appended_channels_lose_them_in_every_stage() -> None:
+    torch.manual_seed(0)
+    model: Any = create_timm("cifar_resnet20", num_classes=5, width=8, blocks=2).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.double)
+    surgery = Surgery(copy.deepcopy(model), x, layers_of(model))
+    assert surgery.excluded == {"head.classifier": "it makes the answer"}
+    assert surgery.filters == sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    streams = [group for group in surgery.groups if "stages.conv4.1.conv2" in group.members]
+    assert sorted((len(group.units), group.cost) for group in streams) == [(8, 4), (8, 7), (16, 2)]
+    surgery.remove({"stages.conv1.0": [0, 5], "stages.conv2.0.conv1": [1]})  # 4 and 12 in front of it further on
+    surgery.remove({"stages.conv3.1.conv2": [1, 13], "stages.conv4.0.conv2": [29]})
+    small: Any = surgery.model
+    gone = {name: set(range(len(_weight(model, name)))) - set(left.tolist()) for name, left in surgery.left.items()}
+    assert gone["stages.conv2.1.conv2"] == {0, 5}
+    assert gone["stages.conv3.0.conv2"] == {1, 4, 9, 15}
+    assert gone["stages.conv4.1.conv2"] == {9, 12, 17, 23, 31}
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, filters in gone.items():
+            norm = "stages.conv1.1" if name == "stages.conv1.0" else name[:-5] + name[-5:].replace("conv", "bn")
+            for part in (name, norm):
+                for parameter in silent.get_submodule(part).parameters() if filters else ():
+                    parameter[sorted(filters)] = 0
+        expected = silent(x)
+        assert float((expected - model(x)).abs().max()) > 1
+        torch.testing.assert_close(small(x), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"conv2\.0\.conv2 would lose all"):
+        surgery.remove({"stages.conv2.0.conv2": range(6)})
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    return model.get_submodule(name).weight  # type: ignore[return-value]
+
+
+def test_floors_are_shares_of_what_a_layer_had() -> None:
+    model, (x, label) = create_timm("cifar_resnet20", num_classes=5, width=4, blocks=1), data()
+    small = compress(model, x, [(x, label)], keep=0.8, step=0.1, floor=0.6)
+    for module, before in zip(small.model.modules(), model.modules(), strict=True):
+        if isinstance(module, nn.Conv2d) and isinstance(before, nn.Conv2d):
+            assert module.out_channels >= 0.6 * before.out_channels
+    grouped = nn.Sequential(nn.Conv2d(3, 12, 3, groups=1), nn.Conv2d(12, 12, 3, groups=4), nn.Flatten())
+    grouped.append(nn.Linear(12 * 144, 3))
+    with pytest.raises(ValueError, match="can, because every layer keeps"):
+        compress(grouped, data()[0], keep=0.4, step=1.0, floor=0.5, criterion="weight")
 
 
 def test_groups_join_scores_by_sum_maximum_or_mean() -> None:

@@ -16,7 +16,7 @@ from isthmus.encoders.trained import trained
 from tests.conftest import shared_folder
 
 
-def _published(network: CifarResNet) -> dict[str, torch.Tensor]:
+def published(network: CifarResNet) -> dict[str, torch.Tensor]:
     """The state dict under akamaster's names."""
     names = {}
     for key, tensor in network.state_dict().items():
@@ -35,9 +35,9 @@ def test_published_names_levels_and_prefixes_load(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = timm.create_model("cifar_resnet20", num_classes=7).eval()
     images = torch.rand(2, 3, 32, 32)
-    published = _published(network)
-    save_file(published, tmp_path / "a.safetensors")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in published.items()}}, tmp_path / "b.pth")
+    under_published_names = published(network)
+    save_file(under_published_names, tmp_path / "a.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in under_published_names.items()}}, tmp_path / "b.pth")
     save_file(network.state_dict(), tmp_path / "c.safetensors")
     for file in ("a.safetensors", "b.pth", "c.safetensors"):
         loaded = trained("cifar_resnet20", tmp_path / file)

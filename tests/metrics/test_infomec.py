@@ -92,6 +92,16 @@ def test_rounding_does_not_split_a_value_and_bins_are_even() -> None:
     assert binned(np.ones((3, 1)), 4)[:, 0].tolist() == [0, 0, 0]
 
 
+def test_a_latent_that_rounding_alone_moves_is_inactive() -> None:
+    """As straight-through values of a collapsed latent are: z + (z_q - z) is z_q but for the last bit."""
+    z = torch.linspace(-3, 3, 60)[:, None]
+    still = z + (0.3 - z)
+    assert len(still.unique()) > 1
+    assert codes(still).max() == 0
+    assert active_latents(torch.cat([GRID, still], 1), discrete=True).tolist() == [True] * 3 + [False]
+    assert codes(torch.tensor([[1_700_000_000], [1_700_000_001]])).max() == 1, "whole numbers are exact"
+
+
 def test_open_cases_have_a_value_and_a_warning() -> None:
     constant = torch.cat([GRID, torch.ones(60, 1)], 1)
     with pytest.warns(UserWarning, match="constant"):
@@ -122,6 +132,9 @@ def test_wrong_input_is_refused_in_a_sentence(rng: np.random.Generator) -> None:
     ):
         with pytest.raises(ValueError, match=told):
             infomec(sources, latents, discrete)
+    for setting in ({"neighbours": 0}, {"steps": 0}, {"source_bins": 1}):
+        with pytest.raises(ValueError, match="neighbours and steps must be 1 or more, source_bins 2"):
+            infomec(GRID, noise, False, **setting)
 
 
 def test_continuous_sources_are_read_by_regression(rng: np.random.Generator) -> None:

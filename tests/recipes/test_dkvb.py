@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
@@ -21,6 +24,7 @@ from isthmus.recipes import _dkvb_stream as streams
 from isthmus.recipes import _dkvb_toy as toy
 from isthmus.recipes import dkvb
 from isthmus.recipes.dkvb import Config, _sgd
+from tests.encoders.test_trained import published
 
 SMALL = Config(
     codebooks=24,
@@ -129,6 +133,83 @@ def test_any_network_of_timm_is_an_encoder(tmp_path: Path) -> None:
     assert codec.bottleneck.splitter.channels == 512
 
 
+BRIEF = dataclasses.replace(
+    SMALL,
+    data="random:32?count=60&classes=4",
+    codebooks=4,
+    pairs=8,
+    stream=_sgd(1.0, 1.0, epochs=1),
+    probe=_sgd(0.1, epochs=1),
+    key_epochs=1,
+    baselines=(),
+    fewer_pairs=(),
+)
+
+
+def test_weights_come_from_a_file_under_published_names(tmp_path: Path) -> None:
+    """As those of the CIFAR networks are spread; their normalisation and their 32 pixels come along."""
+    torch.manual_seed(0)
+    network: Any = timm.create_model("cifar_resnet20").eval()
+    save_file(published(network), tmp_path / "published.safetensors")
+    weights = str(tmp_path / "published.safetensors")
+    config = dataclasses.replace(BRIEF, encoder="cifar_resnet20", weights=weights)
+    with Run.quick(tmp_path, name="dkvb", config=config, max_steps=1) as run:
+        dkvb.run(config, run)
+    codec, pictures = dkvb.load(run.dir)
+    assert (pictures.size, pictures.mean) == (32, network.pretrained_cfg["mean"])
+    images = torch.rand(2, 3, 32, 32)
+    kept: Any = codec.encoder
+    torch.testing.assert_close(kept(images)[0][:, 0] + kept.mean, network.forward_features(images).mean((2, 3)))
+
+
+def test_networks_made_for_one_size_take_another(tmp_path: Path) -> None:
+    config = dataclasses.replace(BRIEF, encoder="vit_tiny_patch16_224", size=32)
+    with Run.quick(tmp_path, name="dkvb", config=config, max_steps=1) as run:
+        dkvb.run(config, run)
+    codec, pictures = dkvb.load(run.dir)
+    assert pictures.size == 32
+    assert codec(torch.rand(1, 3, 32, 32)).prediction.shape == (1, 4)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(BRIEF, data="digits", split=4, baselines=("probe",), fewer_pairs=(4,))
+    with Run.quick(tmp_path / "whole", name="dkvb", config=config) as run:
+        dkvb.run(config, run)
+    whole = json.loads((run.dir / "report.json").read_text())["metrics"]
+
+    measured = streams.Stream.measure
+    calls = itertools.count()
+
+    def until(self: streams.Stream, *arguments: Any) -> Tensor:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return measured(self, *arguments)
+
+    monkeypatch.setattr(streams.Stream, "measure", until)
+    with pytest.raises(KeyboardInterrupt), Run.quick(tmp_path, name="dkvb", config=config) as run:
+        dkvb.run(config, run)
+    monkeypatch.undo()
+    with Run.quick(tmp_path, name="dkvb", config=config, resume=True) as run:
+        assert run.resumed
+        dkvb.run(config, run)
+    again = json.loads((run.dir / "report.json").read_text())["metrics"]
+    assert {name: entry["value"] for name, entry in again.items()} == {
+        name: entry["value"] for name, entry in whole.items()
+    }
+
+
+def test_pictures_of_any_form_are_classified(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    forms = {"odd": ("RGB", (37, 5)), "grey": ("L", (8, 8)), "clear": ("RGBA", (9, 12)), "dot": ("RGB", (1, 1))}
+    for name, (mode, size) in forms.items():
+        Image.new(mode, size).save(tmp_path / f"{name}.png")
+    written = dkvb.apply(trained[0], [tmp_path / f"{name}.png" for name in forms], tmp_path / "out")
+    assert [path.name for path in written] == ["classes.json", *(f"{name}-class.png" for name in forms)]
+    (tmp_path / "cut.png").write_bytes((tmp_path / "odd.png").read_bytes()[:40])
+    with pytest.raises(UserError, match="none of the inputs is an image"):
+        dkvb.apply(trained[0], [tmp_path / "cut.png"], tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -136,13 +217,32 @@ def test_any_network_of_timm_is_an_encoder(tmp_path: Path) -> None:
         ({"encoder": "resnet10"}, "timm has no model"),
         ({"splitter": "chunk", "codebooks": 7}, "64 channels cannot be cut into 7"),
         ({"data": "digits:128"}, "too many to be an embedding"),
-        ({"encoder": "resnet10t", "weights": "nowhere.safetensors"}, "weights of resnet10t cannot be had"),
+        ({"encoder": "resnet10t", "weights": "nowhere.safetensors"}, "there is no checkpoint nowhere.safetensors"),
+        ({"encoder": "resnet10t", "pretrained": True}, "weights of resnet10t cannot be had.*give them with --weights"),
+        ({"encoder": "resnet10t", "reduction": 5}, "levels of reduction"),
+        ({"codebooks": 0}, "codebooks and the width of a query must be 1 or more"),
+        ({"splitter": "chunk", "codebooks": 0}, "codebooks and the width of a query must be 1 or more"),
+        ({"key_dim": -1}, "width of a query must be 1 or more"),
+        ({"topk": 8}, "between 1 and the 4 pairs"),
+        ({"fewer_pairs": (0,)}, "the 0 pairs"),
+        ({"key_epochs": 0}, "key_epochs and key_batch must be 1 or more"),
+        ({"key_batch": -2}, "key_epochs and key_batch must be 1 or more"),
+        ({"smoothing": 1.5}, "smoothing must lie in"),
     ],
 )
-def test_impossible_settings_are_told(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_impossible_settings_are_told(
+    changes: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = dataclasses.replace(SMALL, **changes)
+    if config.pretrained:
+        monkeypatch.setattr(dkvb, "create_timm", _unreachable)
     with pytest.raises(ValueError, match=told), Run.quick(tmp_path, name="dkvb", config=config) as run:
         dkvb.run(config, run)
+    assert not list(run.dir.glob("checkpoints/*")), "told before anything is trained"
+
+
+def _unreachable(name: str, **kwargs: Any) -> None:
+    raise OSError("no network")
 
 
 def test_an_unfinished_run_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,35 @@ def test_apply_writes_codes_and_what_latents_change(finished: tuple[Path, dict[s
     assert not (tmp_path / "none").exists()
 
 
+def test_apply_takes_pictures_of_any_form(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    forms = {"odd": ("RGB", (37, 5)), "grey": ("L", (8, 8)), "clear": ("RGBA", (9, 12)), "dot": ("RGB", (1, 1))}
+    for name, (mode, size) in forms.items():
+        Image.new(mode, size).save(tmp_path / f"{name}.png")
+    written = qlae.apply(finished[0], [tmp_path / f"{name}.png" for name in forms], tmp_path / "out")
+    assert [path.name for path in written] == ["codes.json", *(f"{name}-latents.png" for name in forms)]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(SMALL, arms=("qlae", "vae", "fsq"), measured=60)
+    whole = ran(tmp_path / "whole", config)[1]["metrics"]
+    measure = qlae.arms.measure
+    calls = itertools.count()
+
+    def until(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(qlae.arms, "measure", until)
+    with pytest.raises(KeyboardInterrupt):
+        ran(tmp_path, config)
+    monkeypatch.undo()
+    with Run.quick(tmp_path, name="qlae", config=config, resume=True) as run:
+        qlae.run(config, run)
+    again = json.loads((run.dir / "report.json").read_text())["metrics"]
+    assert {n: entry["value"] for n, entry in again.items()} == {n: entry["value"] for n, entry in whole.items()}
+
+
 def table(path: Path, **columns: list[Any]) -> str:
     pixels = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8)
     features = datasets.Dataset.from_dict({"image": [Image.fromarray(x) for x in pixels], **columns})
@@ -94,7 +124,8 @@ def test_pictures_without_causes_are_coded_all_the_same(tmp_path: Path) -> None:
 
 def test_any_timm_encoder_and_the_published_kind_of_network(tmp_path: Path) -> None:
     config = replace(SMALL, size=32, data="discs:32", arms=("qlae", "vae"), measured=60)
-    assert "infom_qlae" in ran(tmp_path / "a", replace(config, encoder="resnet10t"))[1]["metrics"]
+    for encoder in ("resnet10t", "vit_tiny_patch16_224"):
+        assert "infom_qlae" in ran(tmp_path / encoder, replace(config, encoder=encoder))[1]["metrics"]
     small = replace(config, network="small", training=replace(BRIEF, steps=1, batch_size=4))
     assert "infom_qlae" in ran(tmp_path / "b", small)[1]["metrics"]
 
@@ -106,9 +137,16 @@ def test_says_what_is_wrong(tmp_path: Path) -> None:
             (replace(SMALL, arms=("gan",), encoder="resnet10t"), "leave --encoder out"),
             (replace(SMALL, network="image", size=20), "give larger|no map grows"),
             (replace(SMALL, values=0), "at least one value"),
+            (replace(SMALL, latents=-1), "at least one latent"),
+            (replace(SMALL, values=1), "arm fsq: .*at least two levels"),
+            (replace(SMALL, arms=("ae", "gan"), encoder="resnet10t"), "leave --encoder out"),
+            (replace(SMALL, encoder="resnet10"), "timm has no model"),
+            (replace(SMALL, measured=0), "measured and size must be 1 or more"),
+            (replace(SMALL, size=-4), "measured and size must be 1 or more"),
         )
     ):
         with pytest.raises(UserError, match=told):
             ran(tmp_path / str(number), config)
+        assert not list(tmp_path.glob(f"{number}/run/checkpoints/*")), "told before anything is trained"
     with pytest.raises(UserError, match="run the recipe to its end"):
         qlae.load(tmp_path)

@@ -20,12 +20,16 @@ class RandomProjection(nn.Module):
         channels: width D of the embedding.
         codebooks: C.
         dim: width K of a query.
+
+    Raises:
+        ValueError: one of them is below 1.
     """
 
     weight: Tensor
 
     def __init__(self, channels: int, codebooks: int, dim: int) -> None:
         super().__init__()
+        _check(channels, codebooks, dim)
         self.channels, self.codebooks, self.dim = channels, codebooks, dim
         self.register_buffer("weight", F.normalize(torch.randn(codebooks, channels, dim), dim=1))
 
@@ -48,6 +52,7 @@ class Chunk(nn.Module):
 
     def __init__(self, channels: int, codebooks: int) -> None:
         super().__init__()
+        _check(channels, codebooks)
         if channels % codebooks:
             raise ValueError(
                 f"{channels} channels cannot be cut into {codebooks} equal chunks; give a divisor of {channels}, or "
@@ -70,13 +75,24 @@ class LearnedProjection(nn.Module):
         channels: width D of the embedding.
         codebooks: C.
         dim: width K of a query.
+
+    Raises:
+        ValueError: one of them is below 1.
     """
 
     def __init__(self, channels: int, codebooks: int, dim: int) -> None:
         super().__init__()
+        _check(channels, codebooks, dim)
         self.channels, self.codebooks, self.dim = channels, codebooks, dim
         self.proj = nn.Linear(channels, dim * codebooks, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, N, D)`` to ``(B, C, N, K)``."""
         return self.proj(x).unflatten(-1, (self.dim, self.codebooks)).permute(0, 3, 1, 2)
+
+
+def _check(channels: int, codebooks: int, dim: int = 1) -> None:
+    if min(channels, codebooks, dim) < 1:
+        raise ValueError(
+            f"channels, codebooks and the width of a query must be 1 or more, got {channels}, {codebooks}, {dim}."
+        )

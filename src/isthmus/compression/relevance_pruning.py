@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isthmus.codec import UserError, build, save_weights, spec_of
 from isthmus.compression import Compressed, bits_of
 from isthmus.compression.filter_scores import Batch, Criterion, filter_scores, layers_of
-from isthmus.compression.ranking import choose
+from isthmus.compression.ranking import choose, kept
 from isthmus.compression.reshaping import load_reshaped, read_metadata, shapes_of
 from isthmus.compression.surgery import Surgery
 
@@ -101,6 +101,7 @@ def prune(
     small = copy.deepcopy(model)
     surgery = Surgery(small, example, layers_of(model) if layers is None else layers)
     everything, original = surgery.filters, {name: len(index) for name, index in surgery.left.items()}
+    floors = [max(1, kept(len(group.units), floor)) for group in surgery.groups]  # shares of what there is at first
     gone, steps = 0, []
     for share in keeps:
         goal = round((1 - share) * everything)
@@ -109,7 +110,6 @@ def prune(
             members = [name for group in surgery.groups for name in group.members if name in surgery.layers]
             scores = filter_scores(small, samples, criterion, members, generator)
             joined = [group.score(scores, join) for group in surgery.groups]
-            floors = _floors(surgery, original, floor)
             picked = choose(joined, [g.cost for g in surgery.groups], number, floors, equal)
             surgery.remove_units(picked)
             gone += sum(surgery.groups[place].cost for place, _ in picked)
@@ -178,16 +178,6 @@ def _spec(model: nn.Module) -> Any:
 
 def _labels(batch: Batch) -> Tensor:
     return batch[1] if isinstance(batch, tuple) else batch["label"]
-
-
-def _floors(surgery: Surgery, original: dict[str, int], floor: int | float) -> list[int]:
-    """Units that every group keeps: shares are of what the layer had at first."""
-    from isthmus.compression.ranking import kept
-
-    return [
-        max(1, kept(original[g.root], floor) // g.units.shape[1] if floor < 1 else kept(len(g.units), floor))
-        for g in surgery.groups
-    ]
 
 
 @torch.no_grad()

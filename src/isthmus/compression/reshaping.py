@@ -24,6 +24,9 @@ _NUMBERS = (
     "num_groups",
     "normalized_shape",
     "head_hidden_size",
+    "channels",
+    "zeros_before",
+    "zeros_after",
 )
 Shapes = dict[str, dict[str, Any]]
 

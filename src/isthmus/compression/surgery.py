@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,16 +22,18 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError, extra
 from isthmus.compression.filter_scores import LAYERS
+from isthmus.compression.padding import PaddingPruner, shift_channels
+from isthmus.layers.padded_shortcut import PaddedShortcut
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that have to go together.
+    """Channels of several layers, each tied to one of every other.
 
     Attributes:
         root: the layer that names the group.
-        members: layer → its filter for each of the root's channels, ``(channels,)``.
-        units: ``(U, G)`` channels of the root that go at once; G is 1 but for grouped convolutions.
+        members: layer → its filter for each channel of the group, ``(channels,)``; those may be a part of its filters.
+        units: ``(U, G)`` channels that go at once; G is 1 but for grouped convolutions.
     """
 
     root: str
@@ -105,16 +108,19 @@ class Surgery:
         for name, wanted in filters.items():
             if not len(wanted):
                 continue
-            place = next((i for i, g in enumerate(self.groups) if name in g.members), None)
-            if place is None:
+            unit_of: dict[int, tuple[int, int]] = {}
+            for place, group in enumerate(self.groups):
+                if name in group.members:
+                    for unit, channels in enumerate(group.units):
+                        unit_of |= {int(f): (place, unit) for f in group.members[name][channels]}
+            if not unit_of:
                 raise ValueError(f"filters of {name} cannot go: {self.excluded.get(name, 'it is no layer of these')}.")
-            group = self.groups[place]
-            channel = {int(f): c for c, f in enumerate(group.members[name])}
-            unit_of = {int(c): u for u, row in enumerate(group.units) for c in row}
             for index in wanted:
-                if int(index) not in channel:
-                    raise ValueError(f"{name} has filters 0 to {len(channel) - 1}, asked to remove {index}.")
-                units.append((place, unit_of[channel[int(index)]]))
+                if not 0 <= int(index) < len(self.left[name]):
+                    raise ValueError(f"{name} has filters 0 to {len(self.left[name]) - 1}, asked to remove {index}.")
+                if int(index) not in unit_of:
+                    raise ValueError(f"filter {index} of {name} cannot go; others of this layer can.")
+                units.append(unit_of[int(index)])
         self.remove_units(units)
 
     def remove_units(self, units: Sequence[tuple[int, int]]) -> None:
@@ -122,15 +128,19 @@ class Surgery:
         chosen: dict[int, set[int]] = {}
         for place, unit in units:
             chosen.setdefault(place, set()).add(unit)
+        losses = Counter[str]()
         for place, gone in chosen.items():
-            if len(gone) >= len(self.groups[place].units):
-                raise ValueError(f"{self.groups[place].root} would lose all its filters; leave one at least.")
+            group = self.groups[place]
+            losses.update(dict.fromkeys(group.members, len(gone) * group.units.shape[1]))
+        for name, lost in losses.items():
+            if lost >= len(self.left[name]):
+                raise ValueError(f"{name} would lose all its filters; leave one at least.")
         frozen = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         for place, gone in chosen.items():
             group = self.groups[place]
             channels = group.units[sorted(gone)].flatten().sort().values
-            _cut(self._graph, dict(self.model.named_modules())[group.root], channels.tolist())
-            self.groups[place] = self._shrunk(group, channels)
+            _cut(self._graph, dict(self.model.named_modules())[group.root], group.members[group.root][channels])
+            self._shrink(place, channels)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(frozen[name])
         _tell_timm(self.model)
@@ -148,36 +158,55 @@ class Surgery:
 
     def _find(self, answering: set[str]) -> list[Group]:
         """Every group of layers that may go and whose channels match one to one."""
-        asked, found = set(self.layers), []
+        asked, found, seen = set(self.layers), [], set[str]()
         with _quiet():
             described = list(self._graph.get_all_groups(root_module_types=LAYERS))
         for parts in described:
+            parts = self._widest(parts)
             members: dict[str, Tensor] = {}
             shared, problem = 1, ""
             root = self._names[parts[0].dep.target.module]
+            if root in seen:
+                continue
             count = len(parts[0].idxs)
             for part in parts:
-                dep, module = part.dep, part.dep.target.module
+                module = part.dep.target.module
                 shared = math.lcm(shared, _shared(module, count))
-                if not isinstance(module, LAYERS) or not self._graph.is_out_channel_pruning_fn(dep.handler):
+                if not self._loses_filters(part):
                     continue
                 name, index = self._names[module], torch.full((count,), -1)
                 for own, of_root in zip(part.idxs, part.root_idxs, strict=True):
                     index[of_root] = own
-                if _width(module) != count or not torch.equal(index.sort().values, torch.arange(count)):
+                if not torch.equal(index[index >= 0].sort().values, torch.arange(_width(module))):
                     problem = f"{name} has {_width(module)} filters, {root}, which it is added to, {count}"
                 members[name] = index
+            seen |= members.keys()
             if answering & members.keys():
                 problem = "it makes the answer"
             if shared > 1 and count % shared == 0 and count // shared < 2:
                 problem = f"a convolution in {count} groups has one channel of each"
+            if shared > 1 and any(bool((index < 0).any()) for index in members.values()):
+                problem = f"a part of its filters goes through {shared} groups"
             if problem or count % shared:
                 for name in members:
                     self.excluded[name] = problem or f"{count} filters do not divide into {shared} groups"
             elif asked & members.keys():
-                units = torch.arange(count).view(shared, count // shared).T
-                found.append(Group(root, members, units))
+                found += [group for group in _parted(root, members, shared) if asked & group.members.keys()]
         return found
+
+    def _widest(self, parts: Any) -> Any:
+        """The group as its widest layer sees it: where channels are appended, a narrower one does not see them all."""
+        root = parts[0].dep.target.module
+        widest = max((p.dep.target.module for p in parts if self._loses_filters(p)), key=_width, default=root)
+        if _width(widest) <= _width(root):
+            return parts
+        everything = list(range(_width(widest)))
+        return self._graph.get_pruning_group(
+            widest, self._graph.get_pruner_of_module(widest).prune_out_channels, everything
+        )
+
+    def _loses_filters(self, part: Any) -> bool:
+        return isinstance(part.dep.target.module, LAYERS) and self._graph.is_out_channel_pruning_fn(part.dep.handler)
 
     def _tried(self, groups: list[Group]) -> list[Group]:
         """Those groups that a copy of the network survives losing a unit of."""
@@ -201,23 +230,45 @@ class Surgery:
             with torch.no_grad(), _still(self.model), _still(trial):
                 before = self.model(self.example)
                 for group in groups:
-                    _cut(graph, modules[group.root], group.units[-1].tolist())
+                    _cut(graph, modules[group.root], group.members[group.root][group.units[-1]])
                 after = trial(self.example)
         except Exception as error:
             return f"the network does not run without one of its filters ({_brief(error)})"
         return "" if _shape(before) == _shape(after) else "the answer would have another shape"
 
-    def _shrunk(self, group: Group, channels: Tensor) -> Group:
+    def _shrink(self, place: int, channels: Tensor) -> None:
+        """The group without these channels; what is left is numbered anew, also in groups that share a layer."""
+        group = self.groups[place]
         stays = torch.ones(group.units.numel(), dtype=torch.bool)
         stays[channels] = False
-        members = {}
         for name, index in group.members.items():
-            gone = torch.zeros(len(stays), dtype=torch.bool)
-            gone[index[channels]] = True
-            self.left[name] = self.left[name][~gone]
-            members[name] = (torch.cumsum(~gone, 0) - 1)[index[stays]]
+            keeps = torch.ones(len(self.left[name]), dtype=torch.bool)
+            keeps[index[channels]] = False
+            self.left[name] = self.left[name][keeps]
+            numbers = torch.cumsum(keeps, 0) - 1
+            for other, one in enumerate(self.groups):
+                if name in one.members:
+                    rest = one.members[name][stays] if other == place else one.members[name]
+                    self.groups[other] = replace(one, members={**one.members, name: numbers[rest]})
         count, shared = int(stays.sum()), group.units.shape[1]
-        return Group(group.root, members, torch.arange(count).view(shared, count // shared).T)
+        units = torch.arange(count).view(shared, count // shared).T
+        self.groups[place] = replace(self.groups[place], units=units)
+
+
+def _parted(root: str, members: dict[str, Tensor], shared: int) -> list[Group]:
+    """One group, or one for every set of layers that share channels, where some layers lack some."""
+    count = len(members[root])
+    if shared > 1 or all(bool((index >= 0).all()) for index in members.values()):
+        return [Group(root, members, torch.arange(count).view(shared, count // shared).T)]
+    present: dict[tuple[bool, ...], list[int]] = {}
+    for channel, row in enumerate(torch.stack(list(members.values()), 1) >= 0):
+        present.setdefault(tuple(row.tolist()), []).append(channel)
+    groups = []
+    for layers, channels in present.items():
+        names = [name for name, there in zip(members, layers, strict=True) if there]
+        index = {name: members[name][channels] for name in names}
+        groups.append(Group(root, index, torch.arange(len(channels))[:, None]))
+    return groups
 
 
 def _graph(model: nn.Module, example: Tensor) -> Any:
@@ -226,7 +277,11 @@ def _graph(model: nn.Module, example: Tensor) -> Any:
     try:
         with _still(model), torch.enable_grad(), _quiet():
             model.requires_grad_(True)
-            return pruning.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+            known = {PaddedShortcut: PaddingPruner()}
+            graph = pruning.DependencyGraph()
+            graph.build_dependency(model, example_inputs=example, customized_pruners=known, verbose=False)
+            shift_channels(graph)
+            return graph
     except Exception as error:
         raise UserError(f"the layers of {type(model).__name__} cannot be traced ({_brief(error)}).") from error
     finally:
@@ -234,9 +289,9 @@ def _graph(model: nn.Module, example: Tensor) -> Any:
             parameter.requires_grad_(want)
 
 
-def _cut(graph: Any, module: nn.Module, channels: list[int]) -> None:
+def _cut(graph: Any, module: nn.Module, filters: Tensor) -> None:
     with _quiet():
-        graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, channels).prune()
+        graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, filters.tolist()).prune()
 
 
 def _shared(module: Any, count: int) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data.dataset import Drawn, pick_needs
-from isthmus.data.hashing import words
+from isthmus.data.hashing import normal, words
 from isthmus.data.splits import check_split
 from isthmus.layers.random import derive_seed
 
@@ -37,7 +37,7 @@ class Fields(Drawn):
 
     def draw(self, indices: Sequence[int]) -> dict[str, Any]:
         shape = (len(indices), self.channels, self.size, self.size)
-        noise = _normal(words(self.seed, np.asarray(indices), 2 * int(np.prod(shape[1:])))).reshape(shape)
+        noise = normal(words(self.seed, np.asarray(indices), 2 * int(np.prod(shape[1:]))), centred=True).reshape(shape)
         signal = torch.from_numpy(noise.astype(np.float32))
         factors = [signal[:, i].roll((-dy, -dx), (1, 2)) for i, (dy, dx) in enumerate(OFFSETS)]
         terms = torch.stack(factors, 1).cumprod(1)
@@ -50,13 +50,6 @@ class Fields(Drawn):
             "mask": mask.expand(len(indices), -1, -1),
         }
         return {name: columns[name] for name in self.wanted}
-
-
-def _normal(draws: np.ndarray) -> np.ndarray:
-    """Half as many normal numbers as words, along the last axis (Box and Muller)."""
-    uniform = ((draws >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
-    first, second = np.split(uniform, 2, axis=-1)
-    return np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)
 
 
 def load(

@@ -47,7 +47,11 @@ def unit(draws: np.ndarray) -> np.ndarray:
     return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def normal(draws: np.ndarray) -> np.ndarray:
-    """Words ``(…, 2n)`` → n independent normal numbers, float64 ``(…, n)`` (Box and Muller)."""
-    first, second = np.split(unit(draws), 2, axis=-1)
-    return np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
+def normal(draws: np.ndarray, centred: bool = False) -> np.ndarray:
+    """Words ``(…, 2n)`` → n independent normal numbers, float64 ``(…, n)`` (Box and Muller).
+
+    ``centred`` takes the middle of every one of the 2^53 steps of the unit interval, not its lower end, and the
+    logarithm of the number, not of its complement; which of the two a source takes is part of its definition.
+    """
+    first, second = np.split(unit(draws) + (2**-54 if centred else 0.0), 2, axis=-1)
+    return np.sqrt(-2 * (np.log(first) if centred else np.log1p(-first))) * np.cos(2 * np.pi * second)

@@ -19,7 +19,7 @@ from isthmus.codec import UserError
 from isthmus.data import digits as handwriting
 from isthmus.data.dataset import Dataset, pick_needs
 from isthmus.data.decoding import resize_exactly
-from isthmus.data.hashing import words
+from isthmus.data.hashing import normal, words
 from isthmus.data.photos import photograph, regions
 from isthmus.data.splits import check_split
 from isthmus.data.transforms import Transform, _cropped
@@ -78,9 +78,8 @@ class StreetNumbers(Dataset):
             brightness *= -1 if draw.below(2) else 1
         strength = np.asarray(layer, dtype=np.float64) / 255
         picture = wall + brightness * strength[..., None] * colour
-        picture += _NOISE * _normal(words(derive_seed(self.seed, "noise"), [index], 2 * height * width)[0]).reshape(
-            height, width, 1
-        )
+        draws = words(derive_seed(self.seed, "noise"), [index], 2 * height * width)[0]
+        picture += _NOISE * normal(draws, centred=True).reshape(height, width, 1)
         pixels = np.clip(np.round(255 * picture), 0, 255).astype(np.uint8)
         labels = self.names[chosen]  # type: ignore[index]
         return {
@@ -155,12 +154,6 @@ class _Draw:
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * float(next(self.numbers))
-
-
-def _normal(draws: np.ndarray) -> np.ndarray:
-    uniform = ((draws >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
-    first, second = uniform.reshape(2, -1)
-    return np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)
 
 
 def _homography(source: np.ndarray, target: np.ndarray) -> tuple[float, ...]:

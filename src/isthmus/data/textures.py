@@ -14,7 +14,7 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data.dataset import Dataset, pick_needs
-from isthmus.data.hashing import words
+from isthmus.data.hashing import normal, words
 from isthmus.data.splits import check_split
 from isthmus.layers.random import derive_seed
 
@@ -52,7 +52,7 @@ class Textures(Dataset):
 
     def _image(self, index: int, label: int) -> np.ndarray:
         size = self.size
-        numbers = _normal(words(self.seed, [index], 4 * size * size + 4)[0])
+        numbers = normal(words(self.seed, [index], 4 * size * size + 4)[0], centred=True)
         turn, stretch, noise = numbers[0], numbers[1], numbers[2 : 2 + 2 * size * size].reshape(2, size, size)
         angle = np.deg2rad(_DIRECTIONS[label % 4]) + 0.12 * turn
         frequency = _FREQUENCIES[label // 4] * (1 + 0.06 * stretch)
@@ -60,16 +60,11 @@ class Textures(Dataset):
         spectrum = np.fft.rfft2(noise)
         band = _bump(u, v, frequency * np.cos(angle), frequency * np.sin(angle), _BAND)
         parts = (_back(spectrum[0] * band, size), _back(spectrum[1] * _bump(u, v, 0, 0, _SMOOTH), size))
-        white = _normal(words(derive_seed(self.seed, "white"), [index], 2 * size * size)[0]).reshape(size, size)
+        white = normal(words(derive_seed(self.seed, "white"), [index], 2 * size * size)[0], centred=True).reshape(
+            size, size
+        )
         mixed = sum(w * part for w, part in zip(_WEIGHTS, (*parts, white), strict=True))
         return np.clip(np.round(255 * (_GREY + _CONTRAST * mixed)), 0, 255).astype(np.uint8)
-
-
-def _normal(draws: np.ndarray) -> np.ndarray:
-    """Half as many normal numbers as words (Box and Muller)."""
-    uniform = ((draws >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
-    first, second = uniform.reshape(2, -1)
-    return np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)
 
 
 def _bump(u: np.ndarray, v: np.ndarray, x: float, y: float, width: float) -> np.ndarray:

@@ -79,6 +79,20 @@ class Backbone(nn.Module):
         return [caught[level["module"]] for level in self._chosen]
 
 
+def made_for(name: str, size: int | None) -> dict[str, int]:
+    """What ``timm.create_model(name)`` needs for pictures of ``size`` pixels a side, if they are no other than its own.
+
+    Most convolutional networks take any size; plain ViTs and window attention are made for one, set by ``img_size``.
+    """
+    import timm
+
+    name = name.removeprefix("timm:")
+    wanted = timm.get_pretrained_cfg(name) if size is not None and timm.is_model(name) else None
+    if size is None or wanted is None or not wanted.fixed_input_size or wanted.input_size[1:] == (size, size):
+        return {}
+    return {"img_size": size}
+
+
 def _levels(model: nn.Module) -> dict[int, dict[str, Any]]:
     """Reduction → the deepest level of that reduction, from timm's own ``feature_info``."""
     info = getattr(model, "feature_info", None)

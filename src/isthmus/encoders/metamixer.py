@@ -24,7 +24,7 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from isthmus.encoders.pyramid import Pyramid, Stage, imagenet_cfg
+from isthmus.encoders.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers import metamixer
 from isthmus.layers.metamixer import (
     ConvNorm,
@@ -411,13 +411,14 @@ def convert_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Args:
         state: the checkpoint, with or without a level ``"state_dict"`` or ``"model"``, and with or without ``module.``,
-            ``backbone.`` or ``encoder.`` before the names. A decoder's names (``decode_head.``) are left out.
+            ``backbone.`` or ``encoder.`` before the names. Those of other parts of a detector or segmenter (``neck.``,
+            ``decode_head.``, …) are left out.
     """
     for level in ("state_dict", "model"):
         state = state.get(level, state)
     named: dict[str, Tensor] = {}
-    for key, value in state.items():
-        key = re.sub(r"^(?:module\.)?(?:backbone\.|encoder\.)?", "", key)
+    for key, value in backbone_of(state).items():
+        key = key.removeprefix("encoder.")
         if key.startswith(("decode_head.", "auxiliary_head.")):
             continue
         if found := re.match(r"^stages\.([1-9]\d*)\.(\d+)\.(?!proj\.)(.*)$", key):

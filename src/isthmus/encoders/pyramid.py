@@ -17,7 +17,7 @@ functions below serve them too.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -204,6 +204,16 @@ def check_images(x: Tensor, in_chans: int) -> None:
     """Raise ``ValueError`` for an input that is not ``(B, in_chans, H, W)``."""
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"the input is {tuple(x.shape)}; this network takes (B, {in_chans}, H, W).")
+
+
+def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names under ``backbone.`` without that prefix, where a checkpoint of a detector or segmenter has them.
+
+    ``module.`` in front of all names goes too; a checkpoint without ``backbone.`` keeps the rest as it is.
+    """
+    bare = {name.removeprefix("module."): value for name, value in state.items()}
+    inside = {name.removeprefix("backbone."): value for name, value in bare.items() if name.startswith("backbone.")}
+    return inside or bare
 
 
 def imagenet_cfg(first_conv: str, classifier: str, **overrides: Any) -> dict[str, Any]:

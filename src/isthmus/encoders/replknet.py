@@ -20,7 +20,7 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from isthmus.encoders.pyramid import Pyramid, Stage, imagenet_cfg
+from isthmus.encoders.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
 
@@ -240,26 +240,61 @@ def convert_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The published layout (DingXiaoH/RepLKNet-pytorch) in our names: whole networks, or one large-kernel unit.
 
     Args:
-        state: the checkpoint, with or without its ``"model"`` level.
+        state: the checkpoint, with or without its level ``"model"`` or ``"state_dict"``, of the network alone or of a
+            detector or segmenter with ``backbone.`` in front of its names, whose other parts are left out.
     """
+    state = state.get("model", state.get("state_dict", state))
     converted = {}
-    for name, tensor in state.get("model", state).items():
+    for name, tensor in backbone_of(state).items():
         for pattern, ours in _NAMES:
             name = re.sub(pattern, ours, name)
         converted[name] = tensor
     return converted
 
 
+def is_merged(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state of ours has merged large kernels."""
+    return any(".large.conv." in key for key in state)
+
+
+@torch.no_grad()
+def fold_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state of ours whose large kernels are merged and nothing else, as that of a model with ``deploy=True``.
+
+    The published code merges kernels only and leaves the batch norms of stem, transitions and pointwise convolutions.
+    """
+    found = dict(state)
+
+    def load(module: nn.Module, prefix: str) -> None:
+        names = [prefix + name for name in module.state_dict() if prefix + name in found]
+        module.eval().load_state_dict({name.removeprefix(prefix): found.pop(name) for name in names})
+
+    for name, weight in state.items():
+        unit = name.removesuffix("conv.weight")
+        if unit == name or f"{unit}norm.running_var" not in state:
+            continue
+        depthwise = weight.shape[1] == 1
+        channels = len(weight) if depthwise else weight.shape[1]
+        conv, before = ConvNorm(channels, len(weight), weight.shape[-1], depthwise=depthwise).to(weight), None
+        load(conv, unit)
+        if unit.endswith(".pw1."):  # a batch norm stands before the first convolution of every block
+            before = nn.BatchNorm2d(channels).to(weight)
+            load(before, unit.removesuffix("pw1.") + "norm.")
+        conv.fold(before)
+        found |= {unit + key: value for key, value in conv.state_dict().items()}
+    return found
+
+
 def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook at loading: official names become ours.
+    """timm's hook at loading: official names become ours, and what is left of norms in a merged one is folded.
 
     Raises:
         ValueError: a merged checkpoint for a model that is not.
     """
     ours = convert_official(state)
-    if any(".large.conv." in key for key in ours) and not any(".large.conv." in key for key in model.state_dict()):
+    if is_merged(ours) and not is_merged(model.state_dict()):
         raise ValueError("the checkpoint is merged and the model is not; create the model with deploy=True.")
-    return ours
+    return fold_state(ours) if is_merged(ours) else ours
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes

@@ -11,30 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from isthmus.encoders.stages import NamedStages
+from isthmus.layers.padded_shortcut import PaddedShortcut
 
 __all__ = ["CifarResNet", "from_official"]
-
-
-class PaddedShortcut(nn.Module):
-    """The identity, or every second place with zero channels on both sides (option A of the paper)."""
-
-    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.before = (out_channels - channels) // 2
-        self.after = out_channels - channels - self.before
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` → ``(B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉)``."""
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, self.before, self.after)) if self.before + self.after else x
 
 
 class BasicBlock(nn.Module):
@@ -48,7 +32,8 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.act2 = nn.ReLU(inplace=True)
-        self.shortcut = PaddedShortcut(channels, out_channels, stride)
+        same = channels == out_channels and stride == 1
+        self.shortcut = nn.Identity() if same else PaddedShortcut(channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, channels, H, W)`` → ``(B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉)``."""

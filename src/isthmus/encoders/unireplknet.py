@@ -21,7 +21,7 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from isthmus.encoders.pyramid import Pyramid, Stage, imagenet_cfg
+from isthmus.encoders.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
 
@@ -255,10 +255,12 @@ def convert_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The published layout (AILab-CVC/UniRepLKNet) in our names: trained or merged, whole or with dense norms.
 
     Args:
-        state: the checkpoint, with or without its ``"model"`` level.
+        state: the checkpoint, with or without its level ``"model"`` or ``"state_dict"``, of the network alone or of a
+            detector or segmenter with ``backbone.`` in front of its names, whose other parts are left out.
     """
+    state = state.get("model", state.get("state_dict", state))
     converted = {}
-    for name, tensor in convert_dilated_block(state.get("model", state)).items():
+    for name, tensor in convert_dilated_block(backbone_of(state)).items():
         for pattern, ours in _NAMES:
             name = re.sub(pattern, ours, name)
         converted[name] = tensor.flatten() if ".grn." in name else tensor

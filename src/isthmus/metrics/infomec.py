@@ -105,6 +105,10 @@ def infomec(
         raise ValueError(f"sources and latents must be of the same samples, got {len(s)} and {len(z)}.")
     if discrete:
         _check_discrete(z)
+    if neighbours < 1 or (steps is not None and steps < 1) or (source_bins is not None and source_bins < 2):
+        raise ValueError(
+            f"neighbours and steps must be 1 or more, source_bins 2 or more, got {neighbours}, {steps}, {source_bins}."
+        )
     notes: list[str] = []
     numbers = binned(s, source_bins) if source_bins else codes(s)
     varies = numbers.max(0) > 0
@@ -152,6 +156,8 @@ def active_latents(latents: Array, discrete: bool, rule: Rule = "range") -> np.n
         width, bound = upper - lower, 0.1 if discrete else (upper - lower).max() / 10
     elif rule in ("range", "range8"):
         width = z.max(0) - z.min(0)
+        if discrete:
+            width = np.where(codes(z).max(0) > 0, width, 0.0)
         bound = width.max() / 8 if rule == "range8" else 0.0 if discrete else width.max() / 20
     else:
         raise ValueError(f"the rule of active latents is range, range8 or iqr, got {rule!r}.")

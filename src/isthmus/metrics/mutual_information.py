@@ -21,7 +21,9 @@ def codes(columns: np.ndarray | Tensor) -> np.ndarray:
     order = np.argsort(x, 0, kind="stable")
     ordered = np.take_along_axis(x, order, 0)
     span = ordered[-1] - ordered[0]
-    steps = np.diff(ordered, axis=0, prepend=ordered[:1]) > CLOSE * span
+    # A column that only rounding moves has one value, however that compares to its range; whole numbers are exact.
+    still = (span <= CLOSE * np.abs(x).max(0)) & (x != np.round(x)).any(0)
+    steps = np.diff(ordered, axis=0, prepend=ordered[:1]) > np.where(still, np.inf, CLOSE * span)
     numbers = np.empty(x.shape, np.int64)
     np.put_along_axis(numbers, order, steps.cumsum(0), 0)
     return numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from isthmus.bottlenecks.key_value import KeyValueBottleneck, Start
 from isthmus.codec import UserError
 from isthmus.data import Dataset, Memory, evaluation_batches
 from isthmus.data.transforms import Transform
@@ -125,6 +127,28 @@ def embed(run: Run, embedding: nn.Module, dataset: Dataset, plain: Transform) ->
     if labels and labels[0] is not None:
         columns["label"] = torch.cat(labels)
     return Memory(dataset.name, columns, classes=dataset.classes)
+
+
+def place(
+    run: Run,
+    bottleneck: KeyValueBottleneck,
+    features: Tensor,
+    epochs: int,
+    batch: int,
+    start: Start,
+    generator: torch.Generator,
+) -> KeyValueBottleneck:
+    """Place and freeze the keys on embeddings ``(M, N, D)``, gone through ``epochs`` times in batches of ``batch``."""
+    batch = min(batch, len(features))
+    steps = run.cap(epochs * (len(features) // batch))
+    first = batch * features.shape[1]
+    if start != "normal" and first < bottleneck.num_codes:
+        pairs = bottleneck.num_codes
+        run.note(f"{first} queries start {pairs} keys, so that some start alike; a larger --key-batch parts them.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "[0-9]+ queries to start")  # told in the report
+        passes = Passes(features, batch, generator, steps, run.fabric.device)
+        return bottleneck.fit_keys(passes, epochs, start, generator).freeze_keys()
 
 
 class Passes:

@@ -76,7 +76,6 @@ def classify(codec: Codec, pictures: Pictures, inputs: Sequence[Path], out: Path
     The shares told are a softmax of the votes; those of a bottleneck are even, as label smoothing made them.
     """
     found: dict[str, Any] = {}
-    out.mkdir(parents=True, exist_ok=True)
     written = [out / "classes.json"]
     for path in inputs:
         try:
@@ -89,6 +88,7 @@ def classify(codec: Codec, pictures: Pictures, inputs: Sequence[Path], out: Path
         best = share.topk(min(5, len(pictures.classes)))
         told = {pictures.classes[int(i)]: round(float(p), 4) for p, i in zip(*best, strict=True)}
         name = next(iter(told))
+        out.mkdir(parents=True, exist_ok=True)
         target = out / f"{path.stem}-class.png"
         if target in written:  # another folder's picture of the same name
             target = out / f"{path.stem}-{len(written)}-class.png"

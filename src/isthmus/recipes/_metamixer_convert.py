@@ -29,7 +29,8 @@ def convert_checkpoint(path: Path, out: Path) -> Path:
     official = shared.read_checkpoint(path, "FFNet")
     if "conv_bef_up.weight" in official:
         return _enlarger(official, path).save_pretrained(out.with_suffix(""))
-    if any(key.startswith("decode_head.") for key in official):
+    dense = any(key.endswith("norm0.weight") for key in official)  # beneath the decoder of another system
+    if not dense and any(key.startswith("decode_head.") for key in official):
         return _segmenter(official, path).save_pretrained(out.with_suffix(""))
     state = convert_official(official)
     head = state.get("head.fc.weight")

@@ -20,7 +20,7 @@ from isthmus.data.transforms import Transform
 from isthmus.decoders import style_decoder
 from isthmus.decoders.style_decoder import DenseDecoder, StyleDecoder
 from isthmus.encoders import qlae as encoders
-from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.backbone import Backbone, made_for
 from isthmus.encoders.qlae import DenseEncoder, QLAEEncoder
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
@@ -160,6 +160,20 @@ def causes(run: Run, batch: dict[str, Any], columns: Sequence[str], names: Seque
 # -------------------------------------------------------------------------------------------------------------- models
 
 
+def check(arm: Arm, sizes: Sizes) -> None:
+    """Find out about an impossible arm before others are trained.
+
+    Raises:
+        UserError: its networks cannot be made so.
+    """
+    if arm == "gan" and sizes.encoder:
+        raise UserError("the arm gan has a critic inside its encoder; leave --encoder out, or gan.")
+    try:
+        make(arm, sizes, 1)
+    except UserError as error:
+        raise UserError(f"arm {arm}: {error}") from error
+
+
 def make(arm: Arm, sizes: Sizes, samples: int) -> Codec:
     """An arm's networks with new weights.
 
@@ -171,7 +185,7 @@ def make(arm: Arm, sizes: Sizes, samples: int) -> Codec:
     channels = None
     try:
         if sizes.encoder:
-            encoder: nn.Module = Backbone(sizes.encoder)
+            encoder: nn.Module = Backbone(sizes.encoder, **made_for(sizes.encoder, sizes.size))
             channels = encoder.feature_info[-1].channels  # type: ignore[union-attr]
         elif sizes.network == "dense":
             encoder = DenseEncoder(width, sizes.size)
@@ -209,8 +223,6 @@ def train(
     codec = make(arm, sizes, len(dataset))
     batch = min((gan if arm == "gan" else training).batch_size, len(dataset))
     if arm == "gan":
-        if sizes.encoder:
-            raise UserError("the arm gan has a critic inside its encoder; leave --encoder out, or gan.")
         assert codec.decoder is not None
         game = InfoWGAN(codec.encoder, codec.bottleneck, codec.decoder)
         settings = replace(gan, batch_size=batch)

@@ -14,7 +14,8 @@ comparison is about. At a tenth of it, picked for this very stream, it changes s
 most; it is shown beside (``slow_probe``), and counts in ``gain_over_best``.
 
 The built-in digits are their own embedding (64 grey pixels), for which the fine-tuned network is a small convnet. With
-``--data parquet:cifar10/*.parquet --encoder resnet50.tv2_in1k --pretrained`` embeddings are those of a timm model.
+``--data parquet:cifar10 --encoder resnet50.tv2_in1k --pretrained`` embeddings are those of a timm model; ``--weights
+FILE`` takes its weights from a file, under timm's names or published ones.
 
     from isthmus.recipes import dkvb
     codec, pictures = dkvb.load("runs/dkvb-seed0")
@@ -42,7 +43,7 @@ from isthmus.codec import Codec, UserError, create_timm, save_weights, spec_of
 from isthmus.data import Dataset
 from isthmus.data import load as load_data
 from isthmus.decoders.voting import FlatHead, Vote
-from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.backbone import Backbone, made_for
 from isthmus.encoders.embedding import Embedding
 from isthmus.encoders.pixels import Pixels
 from isthmus.encoders.trained import trained
@@ -77,7 +78,7 @@ class Config:
     pretrained: bool = False
     """Fetch the timm model's published weights."""
     weights: str | None = None
-    """File with weights of the timm model, in place of published ones."""
+    """File with weights of the timm model, under its names or published ones, in place of fetched ones."""
     size: int | None = None
     """Pixels a side; those of the images for pixels, else what the network was made for."""
     reduction: int | None = None
@@ -167,6 +168,7 @@ def run(config: Config, run: Run) -> None:
 
     run.seed_everything("encoder")
     embedding, pictures = _encoder(config, train, classes)
+    _check(config, embedding.channels)
     embedding.to(run.fabric.device).eval()
     plain = pictures.transform()
     embedding.centre(streams.embed(run, embedding, key_data, plain).data["features"])  # type: ignore[arg-type]
@@ -182,10 +184,8 @@ def run(config: Config, run: Run) -> None:
     def placed(pairs: int) -> KeyValueBottleneck:
         run.seed_everything("bottleneck", pairs)
         bottleneck = _bottleneck(config, features.shape[-1], pairs, len(classes)).to(run.fabric.device)
-        generator = run.generator("keys", pairs)
-        steps = run.cap(config.key_epochs * max(1, len(keys) // config.key_batch))
-        passes = streams.Passes(keys.data["features"], config.key_batch, generator, steps, run.fabric.device)  # type: ignore[arg-type]
-        return bottleneck.fit_keys(passes, config.key_epochs, config.key_start, generator).freeze_keys()
+        settings = config.key_epochs, config.key_batch, config.key_start
+        return streams.place(run, bottleneck, keys.data["features"], *settings, run.generator("keys", pairs))  # type: ignore[arg-type]
 
     def made(name: str) -> nn.Module:
         run.seed_everything("learner", name)
@@ -326,11 +326,12 @@ def _encoder(config: Config, images: Dataset, classes: list[str]) -> tuple[Embed
             raise UserError(f"{size} pixels a side are too many to be an embedding; give --encoder, or --size 32.")
         return Embedding(Pixels(), size * size, "flat", grey=True), Pictures(classes, size, (0.0,) * 3, (1.0,) * 3)
     network: Any
+    sized = made_for(config.encoder, config.size)
     if config.weights is not None:
-        network = trained(config.encoder, config.weights)
+        network = trained(config.encoder, config.weights, **sized)
     else:
         try:
-            network = create_timm(config.encoder, pretrained=config.pretrained)
+            network = create_timm(config.encoder, pretrained=config.pretrained, **sized)
         except UserError:
             raise
         except Exception as error:
@@ -338,11 +339,22 @@ def _encoder(config: Config, images: Dataset, classes: list[str]) -> tuple[Embed
             raise UserError(
                 f"weights of {config.encoder} cannot be had ({reason}); give them with --weights, or --no-pretrained."
             ) from error
-    made_for: Any = network.pretrained_cfg
-    size = config.size or int(made_for["input_size"][-1])
+    known: Any = network.pretrained_cfg
+    size = config.size or int(known["input_size"][-1])
     backbone = Backbone(network, None if config.reduction is None else (config.reduction,))
     embedding = Embedding(backbone, backbone.feature_info[-1].channels, "mean" if config.pool else "none")
-    return embedding, Pictures(classes, size, tuple(made_for["mean"]), tuple(made_for["std"]))
+    return embedding, Pictures(classes, size, tuple(known["mean"]), tuple(known["std"]))
+
+
+def _check(config: Config, channels: int) -> None:
+    """Tell of impossible settings before anything is computed."""
+    if min(config.key_epochs, config.key_batch) < 1:
+        raise UserError(f"key_epochs and key_batch must be 1 or more, got {config.key_epochs} and {config.key_batch}.")
+    if not 0 <= config.smoothing < 1:
+        raise UserError(f"smoothing must lie in [0, 1), got {config.smoothing}.")
+    with torch.device("meta"):  # sizes alone
+        for pairs in (config.pairs, *config.fewer_pairs):
+            _bottleneck(config, channels, pairs, 1)
 
 
 def _bottleneck(config: Config, channels: int, pairs: int, classes: int) -> KeyValueBottleneck:

@@ -77,7 +77,8 @@ class Config:
     equal: bool = False
     """Take the same share from every layer instead of one ranking."""
     layers: str = "auto"
-    """Which layers are pruned: conv, linear, all, or auto."""
+    """Which layers are pruned: conv, linear, all, or auto: of the built-in network those inside its blocks, of yours
+    convolutions where there are several, else linear layers."""
     references: int = 10
     """Reference samples a class."""
     finetune: bool = False
@@ -256,7 +257,7 @@ def _pictures(config: Config, run: Run) -> None:
             config.step,
             config.floor,
             config.equal,
-            layers=layers_of(network, config.layers),
+            layers=_layers(config, network),
             finetune=_finetuner(config, run, name, train, size, mean, std),
             generator=run.generator("random scores"),
         )
@@ -310,6 +311,13 @@ def _network(
         transform, _ = shared.transforms(size, len(classes), changes, mean, std)
         shared.train(run, "network", network, train, config.training, transform)
     return network, size, mean, std
+
+
+def _layers(config: Config, network: nn.Module) -> list[str]:
+    """The layers that are pruned; the recorded figures of the built-in network leave its residual stream alone."""
+    if config.layers == "auto" and not config.model:
+        return [name for name in layers_of(network, "conv") if name.endswith(".conv1")]
+    return layers_of(network, config.layers)
 
 
 def _references(

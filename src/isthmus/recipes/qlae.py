@@ -128,6 +128,11 @@ def run(config: Config, run: Run) -> None:
     """Train all arms, score them, draw what latents do, and keep the first."""
     if not config.arms:
         raise UserError("name at least one of --arms.")
+    if config.measured < 1 or config.size < 1:
+        raise UserError(f"measured and size must be 1 or more, got {config.measured} and {config.size}.")
+    sizes = Sizes(config.latents, config.values, config.size, config.network, config.encoder, config.beta)
+    for arm in config.arms:
+        arms.check(arm, sizes)
     _try_metric(run)
     transform = _transform(config.size)
     dataset, columns, names = arms.read(run, config.data, config.train_split, config.factors, transform)
@@ -143,7 +148,6 @@ def run(config: Config, run: Run) -> None:
     if not names:
         run.note("The data tell of no causes, so that there is no InfoMEC.")
 
-    sizes = Sizes(config.latents, config.values, config.size, config.network, config.encoder, config.beta)
     found: dict[str, Measured] = {}
     for arm in dict.fromkeys(config.arms):
         codec = arms.train(run, arm, sizes, dataset, config.training, config.gan, config.decay, transform)

@@ -251,7 +251,7 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
 
 
 def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of UniRepLKNet (A to XL, trained or merged) as safetensors for timm.
+    """A published checkpoint of UniRepLKNet (A to XL; trained, merged, or beneath a detector) as safetensors for timm.
 
     Raises:
         UserError: no such checkpoint.
@@ -265,6 +265,8 @@ def convert(path: Path, out: Path) -> Path:
         arguments["deploy"] = True
     if "norms.0.weight" in ours:
         arguments["norm_features"] = True
+        last = ours["norms.3.weight"]  # backbones for dense tasks have no norm of the head
+        ours = {"head.norm.weight": torch.ones_like(last), "head.norm.bias": torch.zeros_like(last), **ours}
     stem = ours.get("stem.0.weight")
     names = [f"unireplknet_{size}" for size, width in _WIDTHS.items() if stem is not None and 2 * len(stem) == width]
     if not names:
