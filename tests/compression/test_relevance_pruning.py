@@ -132,7 +132,7 @@ def test_streams_with_appended_channels_lose_them_in_every_stage() -> None:
         expected = silent(x)
         assert float((expected - model(x)).abs().max()) > 1
         torch.testing.assert_close(small(x), expected, rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match=r"conv2\.0\.conv2 would lose all"):
+    with pytest.raises(ValueError, match="would lose all its filters"):
         surgery.remove({"stages.conv2.0.conv2": range(6)})
 
 
