@@ -172,7 +172,7 @@ def test_networks_made_for_one_size_take_another(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(BRIEF, data="digits", split=4, baselines=("probe",), fewer_pairs=(4,))
+    config = dataclasses.replace(BRIEF, data="random:8?count=200&classes=4", baselines=("probe",), fewer_pairs=(4,))
     with Run.quick(tmp_path / "whole", name="dkvb", config=config) as run:
         dkvb.run(config, run)
     whole = json.loads((run.dir / "report.json").read_text())["metrics"]

@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         return [caught[level["module"]] for level in self._chosen]
 
 
-def made_for(name: str, size: int | None) -> dict[str, int]:
+def made_for(name: str, size: int | None) -> dict[str, Any]:
     """What ``timm.create_model(name)`` needs for pictures of ``size`` pixels a side, if they are no other than its own.
 
     Most convolutional networks take any size; plain ViTs and window attention are made for one, set by ``img_size``.
