@@ -139,6 +139,27 @@ def test_splat_keeps_the_sum_and_stays_in_the_picture() -> None:
     assert spots[10:13, 8:11].sum() == 90
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AudioImage(frames=0), "frames 0"),
+        (lambda: AudioImage(std=0.0), r"std 0\.0"),
+        (lambda: AudioImage(16000, hop=1e-5), "at least one sample"),
+        (lambda: AudioImage()(torch.zeros(16000)), r"waveforms are \(B, L\), not \(16000,\)"),
+        (lambda: AudioImage()(torch.zeros(1, 399)), "at least one frame of 400 samples"),
+        (lambda: PointImage(1, size=3), "from 4 pixels to the whole picture"),
+        (lambda: PointImage(1, size=32, extent=40), "from 4 pixels to the whole picture"),
+        (lambda: PointImage(1, neighbours=0), "at least one neighbour"),
+        (lambda: SeriesImage(0, 8, 8), "channels 0"),
+        (lambda: SeriesImage(1, 8, 8, calendar=-1), "calendar -1"),
+        (lambda: VideoImage()(torch.zeros(1, 3, 8, 8)), r"a clip is \(B, C, T, H, W\)"),
+    ],
+)
+def test_impossible_settings_and_inputs_are_told(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_a_cloud_without_extent_is_one_spot_and_small_clouds_have_fewer_neighbours() -> None:
     spot = splat_points(torch.ones(1, 7, 3), torch.ones(1, 2, 7), 12)
     assert int((spot[0, 0] > 0).sum()) == 9

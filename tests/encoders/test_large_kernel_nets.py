@@ -179,6 +179,65 @@ def test_timm_loads_a_published_checkpoint(merged: bool, tmp_path: Path) -> None
         timm.create_model("unireplknet_a", deploy=merged, **{**arguments, "dims": (16, 16, 24, 32)})
 
 
+def official_replknet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names → the published ones, written from the sheet's list of keys."""
+    found = {}
+    for key, value in state.items():
+        key = re.sub(r"^stages\.(\d)\.downsample\.", lambda m: f"transitions.{int(m[1]) - 1}.", key)
+        if m := re.match(r"(stages\.\d\.blocks\.)(\d+)\.norm\.(.*)", key):
+            key = f"{m[1]}{m[2]}.{'preffn_bn' if int(m[2]) % 2 else 'prelkb_bn'}.{m[3]}"
+        key = key.replace(".large.main.", ".large_kernel.lkb_origin.").replace(
+            ".large.conv.", ".large_kernel.lkb_reparam."
+        )
+        key = key.replace(".large.branches.0.", ".large_kernel.small_conv.")
+        key = re.sub(r"(stem\.\d|transitions\.\d\.\d|pw\d|lkb_origin|small_conv)\.norm\.", r"\1.bn.", key)
+        key = re.sub(r"^norms\.(\d)\.", r"stages.\1.norm.", key)
+        found[key.replace("head.fc.", "head.")] = value
+    return found
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_published_replknet_checkpoints_load(merged: bool) -> None:
+    """Merged ones too, in which only the large kernels are merged and all other batch norms are left."""
+    model, x = tiny("replknet_31b"), image()
+    loaded = tiny("replknet_31b", deploy=merged)
+    with torch.no_grad():
+        logits = model(x)
+        if merged:
+            for module in model.modules():
+                if isinstance(module, replknet.LargeKernelBlock):
+                    module.large.reparameterize()
+        state = official_replknet(model.state_dict())
+        assert ("stages.0.blocks.0.large_kernel.lkb_reparam.bias" in state) == merged
+        assert {"stem.0.bn.weight", "stages.0.blocks.0.prelkb_bn.bias", "transitions.2.1.bn.weight"} <= state.keys()
+        loaded.load_state_dict(replknet.checkpoint_filter_fn({"model": state}, loaded))
+        close(loaded(x), logits)
+        model.reparameterize()
+        close(model(x), logits)
+    if merged:  # what is folded already is left alone
+        state = model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in replknet.fold_state(state).items())
+
+
+@both
+def test_backbone_of_a_detector_loads_alone(name: str) -> None:
+    model = tiny(name, norm_features=True, num_classes=0)
+    ours = {k: v for k, v in model.state_dict().items() if not k.startswith(("norm.", "head."))}
+    kernels = {1: 13, 2: 7}
+    if name == "unireplknet_a":
+        model = tiny(name, norm_features=True, num_classes=0, kernel_sizes=((3,), (13,), (7, 7), (3,)))
+        ours = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
+        dense = {re.sub(r"^norms\.", "norm", k): v for k, v in official_unireplknet(ours, kernels).items()}
+    else:
+        dense = official_replknet(ours)
+    state = {"neck.x": torch.ones(1), **{f"module.backbone.{k}": v for k, v in dense.items()}}
+    module = unireplknet if name == "unireplknet_a" else replknet
+    for form in ({"state_dict": state}, state, {"model": dense}):
+        got = module.convert_official(form)
+        assert got.keys() == ours.keys()
+        assert all(torch.equal(value, got[key]) for key, value in ours.items())
+
+
 def test_merged_replknet_checkpoint_needs_a_merged_model() -> None:
     model = tiny("replknet_31b")
     merged = {"stages.0.blocks.0.large_kernel.lkb_reparam.weight": torch.zeros(12, 1, 31, 31)}

@@ -154,6 +154,13 @@ def test_transformers_are_measured_on_their_map_of_tokens() -> None:
     assert bool((field.map > 0).any())
 
 
+def test_bytes_and_batches_are_no_images() -> None:
+    with pytest.raises(ValueError, match=r"of real numbers, normalised .*, not \(3, 33, 33\) of torch\.uint8"):
+        receptive_field(box(3), images().byte())
+    with pytest.raises(ValueError, match=r"an image is \(C, H, W\) .*, not \(2, 3, 33, 33\)"):
+        receptive_field(box(3), [images()])
+
+
 def test_images_of_two_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="image 1 is"):
         receptive_field(box(3), [images(1)[0], images(1, 20, 20)[0]])

@@ -155,11 +155,14 @@ def test_paper_setting_is_the_published_one() -> None:
         ({"orders": (-1,)}, "different numbers from 0 on"),
         ({"orders": (4,), "width": 12}, "width 12 does not divide by 8, as order 4 needs"),
         ({"fields": "digits"}, "digits has no columns signal, target, terms, mask"),
-        ({"orders": (), "size": 4}, "4x4 pixels; the last stage of this network needs 8"),
-        ({"orders": (), "encoder": "hornet_tiny_8x8"}, "Nearest: hornet_tiny_7x7"),
+        ({"size": 4}, "4x4 pixels; the last stage of this network needs 8"),
+        ({"size": 0}, "size 0 and width 64: at least 1 each"),
+        ({"width": 66}, "width 66 does not divide by 4, as order 3 needs"),
+        ({"encoder": "hornet_tiny_8x8"}, "Nearest: hornet_tiny_7x7"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     config = Config(**changes)
     with pytest.raises(ValueError, match=told), Run.quick(tmp_path, name="hornet", config=config) as run:
         hornet.run(config, run)
+    assert not list((run.dir / "checkpoints").glob("*")), "told before anything is trained"

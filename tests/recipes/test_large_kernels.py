@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
 from isthmus.codec import UserError
@@ -147,6 +148,9 @@ def test_networks_of_timm_are_measured_as_they_are(tmp_path: Path) -> None:
         ({"networks": ("large", "repleknet_31b")}, "timm has no model 'repleknet_31b'. Nearest: replknet"),
         ({"field_images": 0}, "field_images must be at least 1"),
         ({"field_size": 0}, "field_size at least 32"),
+        ({"size": 0}, "size 0 is at least 1"),
+        ({"test_images": -5}, "test_images -5"),
+        ({"cue_images": -1}, "cue_images -1"),
     ],
 )
 def test_impossible_settings_are_named_before_training(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -164,6 +168,42 @@ def test_published_checkpoint_is_converted(tmp_path: Path) -> None:
     torch.save(3, tmp_path / "other.pth")
     with pytest.raises(UserError, match="holds no network; a checkpoint of RepLKNet"):
         large_kernels.convert(tmp_path / "other.pth", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("form", ["trained", "merged", "beneath a detector"])
+def test_every_published_form_is_converted(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from isthmus.encoders.replknet import LargeKernelBlock
+    from tests.encoders.test_large_kernel_nets import TINY, official_replknet
+    from tests.layers.test_reparam import trained
+
+    dense = form == "beneath a detector"
+    arguments: dict[str, Any] = {"num_classes": 0, "norm_features": True} if dense else {"num_classes": 3}
+    network: Any = trained(timm.create_model("replknet_31b", **TINY["replknet_31b"], **arguments))
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        levels = network.forward_intermediates(x, intermediates_only=True)
+    if form == "merged":
+        arguments["deploy"] = True
+        for block in [m for m in network.modules() if isinstance(m, LargeKernelBlock)]:
+            block.large.reparameterize()
+    state = official_replknet(network.state_dict())
+    content: dict[str, Any] = {"model": state}
+    if dense:
+        kept = {k: v for k, v in state.items() if not k.startswith("norm.")}
+        content = {"state_dict": {"rpn_head.x": torch.ones(1), **{f"backbone.{k}": v for k, v in kept.items()}}}
+    torch.save(content, tmp_path / "published.pth")
+    # The published sizes are too large for a test: the same way, with the small one under their name.
+    monkeypatch.setattr(
+        "isthmus.codec.create_timm", lambda name, **k: timm.create_model(name, **TINY["replknet_31b"], **k)
+    )
+    out = large_kernels.convert(tmp_path / "published.pth", tmp_path / "out.safetensors")
+    with safe_open(out, "pt") as file:
+        told = file.metadata()
+    assert (told["timm"], json.loads(told["arguments"])) == ("replknet_31b", arguments)
+    again: Any = timm.create_model("replknet_31b", **TINY["replknet_31b"], **arguments, checkpoint_path=str(out)).eval()
+    with torch.no_grad():
+        for a, b in zip(again.forward_intermediates(x, intermediates_only=True), levels, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=0)
 
 
 def test_published_settings() -> None:

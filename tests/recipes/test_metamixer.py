@@ -129,14 +129,20 @@ def test_only_identity_mixes_no_places() -> None:
         (Config(mixers=("ffnified", "mlp")), "no mixer 'mlp'; choose from ffnified, attention, hybrid"),
         (Config(mixers=()), "no mixer to compare; name one in mixers, or a network in encoder"),
         (Config(encoder="metamixer_ffnet_9", data="digits:32"), "timm has no model 'metamixer_ffnet_9'. Nearest"),
+        (Config(heads=0), "heads 0 are at least 1"),
+        (Config(rounds=-1), "rounds -1 and test_images 1000 at least 0"),
+        (Config(test_images=-5), "test_images -5 at least 0"),
+        (Config(depths=(1, 1, 1)), "one of each a stage"),
+        (Config(mlp_ratio=0), "ratio 0 leaves no channel"),
     ],
 )
 def test_what_cannot_be_is_refused(config: Config, message: str, tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=message),
+        pytest.raises(ValueError, match=message),
         Run.quick(tmp_path, name="metamixer", config=config) as run,
     ):
         metamixer.run(config, run)
+    assert not list((run.dir / "checkpoints").glob("*")), "told before anything is trained"
 
 
 def test_any_network_of_timm_is_trained_alone(tmp_path: Path) -> None:
@@ -183,6 +189,18 @@ def test_published_checkpoints_are_converted(tmp_path: Path) -> None:
         metamixer.convert(tmp_path / "system.pth", tmp_path / "x")
     with pytest.raises(UserError, match="fits none of metamixer_ffnet_1"):
         metamixer.convert(tmp_path / "other.pth", tmp_path / "x")
+
+
+@pytest.mark.parametrize("rest", ["roi_head.x", "decode_head.psp_modules.0.1.conv.weight"])
+def test_backbones_of_detectors_and_other_segmenters_are_converted(rest: str, tmp_path: Path) -> None:
+    network = timm.create_model("metamixer_ffnet_1", num_classes=0, norm_features=True)
+    dense = {f"backbone.{key}": value for key, value in official(network).items()}
+    torch.save({"state_dict": {rest: torch.ones(1), **dense}}, tmp_path / "dense.pth")
+    out = metamixer.convert(tmp_path / "dense.pth", tmp_path / "dense.safetensors")
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["arguments"]) == {"num_classes": 0, "norm_features": True}
+        assert set(file.keys()) == set(network.state_dict())
+        assert all(torch.equal(v, file.get_tensor(k)) for k, v in network.state_dict().items())
 
 
 @pytest.mark.parametrize("norm", [None, "layer", "batch"])

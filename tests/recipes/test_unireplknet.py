@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,11 @@ def test_sounds_of_any_rate_and_depth_are_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(Unreadable, match=message):
             files.read_wav(content, 2000)
+    wavfile.write(tmp_path / "nan.wav", 2000, np.full(2000, np.nan, np.float32))
+    wavfile.write(tmp_path / "short.wav", 2000, np.zeros(40, np.int16))
+    for name, message in (("nan", "finite numbers"), ("short", "40 samples at 2000 a second; one moment takes 50")):
+        with pytest.raises(Unreadable, match=message):
+            files.read_file("audio", TINY.audio, [2000], tmp_path / f"{name}.wav")
 
 
 def test_forecasts_keep_level_and_spread_of_what_was_seen() -> None:
@@ -189,12 +195,16 @@ def test_views_of_a_cloud_are_told_together() -> None:
         ({"tasks": ("audio",), "audio": AudioTask("digits", BRIEF)}, "has no column audio"),
         ({"tasks": ("forecast",), "encoder": "resnet10t"}, "reads the last map of a UniRepLKNet"),
         ({"tasks": ("image",), "kernel": 8}, "no dilated branches"),
+        ({"test_samples": -1}, "test_samples -1"),
+        ({"audio": dataclasses.replace(TINY.audio, frames=0)}, "the audio task cannot be set up: .* frames 0"),
+        ({"points": dataclasses.replace(TINY.points, size=2)}, "the points task cannot be set up: size 2"),
     ],
 )
 def test_impossible_settings_are_one_sentence(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, **change)
     with pytest.raises(ValueError, match=message), Run.quick(tmp_path, name="unireplknet", config=config) as run:
         unireplknet.run(config, run)
+    assert not list((run.dir / "checkpoints").glob("*")), "told before anything is trained"
 
 
 def test_any_convnet_of_timm_learns_them(tmp_path: Path) -> None:
@@ -225,6 +235,28 @@ def test_published_checkpoint_is_converted(merged: bool, tmp_path: Path) -> None
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(x), network(x))
+
+
+def test_backbone_of_a_detector_is_converted(tmp_path: Path) -> None:
+    """It has norms of its levels and none in front of a head."""
+    from tests.encoders.test_large_kernel_nets import official_unireplknet
+
+    network: Any = timm.create_model("unireplknet_a", num_classes=0, norm_features=True)
+    state = {key: value for key, value in network.state_dict().items() if not key.startswith("head.")}
+    dense = {
+        re.sub(r"^norms\.", "norm", key): value
+        for key, value in official_unireplknet(state, dict.fromkeys(range(1, 4), 13)).items()
+    }
+    content = {"meta": {"epoch": 36}, "state_dict": {f"backbone.{key}": value for key, value in dense.items()}}
+    torch.save({**content, "state_dict": content["state_dict"] | {"neck.x": torch.ones(1)}}, tmp_path / "coco.pth")
+    out = unireplknet.convert(tmp_path / "coco.pth", tmp_path / "out.safetensors")
+    with safe_open(out, "pt") as file:
+        told = file.metadata()
+        assert all(torch.equal(value, file.get_tensor(key)) for key, value in state.items())
+    assert (told["timm"], json.loads(told["arguments"])) == (
+        "unireplknet_a",
+        {"num_classes": 0, "norm_features": True},
+    )
 
 
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:

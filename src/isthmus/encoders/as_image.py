@@ -68,6 +68,10 @@ class AudioImage(nn.Module):
         hop: distance of frames in seconds.
 
     Shapes: ``(B, L)`` → ``(B, 1, bands, frames)``.
+
+    Raises:
+        ValueError: a size or length that is not positive; in ``forward``, an input of another shape or shorter than a
+            frame.
     """
 
     def __init__(
@@ -81,6 +85,11 @@ class AudioImage(nn.Module):
         hop: float = 0.010,
     ) -> None:
         super().__init__()
+        if min(rate, bands, frames, rate * window, rate * hop) < 1 or std <= 0:
+            raise ValueError(
+                f"rate {rate}, bands {bands}, frames {frames}, std {std}, window {window} s and hop {hop} s must be "
+                "positive, and window and hop at least one sample."
+            )
         self.rate, self.bands, self.frames, self.mean, self.std = rate, bands, frames, mean, std
         self.window, self.hop = window, hop
 
@@ -91,6 +100,8 @@ class AudioImage(nn.Module):
 
     def forward(self, wave: Tensor) -> Tensor:
         """``(B, L)`` → ``(B, 1, bands, frames)``."""
+        if wave.ndim != 2:
+            raise ValueError(f"waveforms are (B, L), not {tuple(wave.shape)}.")
         picture = self.spectrogram(wave)[:, : self.frames]
         picture = F.pad(picture, (0, 0, 0, self.frames - picture.shape[1]))
         return ((picture - self.mean) / (2 * self.std)).transpose(1, 2).unsqueeze(1)
@@ -185,6 +196,11 @@ class SeriesImage(nn.Module):
 
     def __init__(self, channels: int, length: int, dim: int, calendar: int = 0, coordinates: int = 0) -> None:
         super().__init__()
+        if min(channels, length, dim) < 1 or min(calendar, coordinates) < 0:
+            raise ValueError(
+                f"channels {channels}, length {length} and dim {dim} are at least 1, calendar {calendar} and "
+                f"coordinates {coordinates} at least 0."
+            )
         self.side = math.isqrt(length * dim)
         if self.side**2 != length * dim:
             fits = next(d for d in range(dim, length * dim + 1) if math.isqrt(length * d) ** 2 == length * d)
@@ -293,7 +309,8 @@ class PointImage(nn.Module):
     Shapes: ``(B, N, 3)`` → ``(B · views, 3, size, size)``, normalised like ImageNet; the views of a cloud together.
 
     Raises:
-        ValueError: more views than there are, or points that are not ``(B, N, 3)``.
+        ValueError: more views than there are, an extent below 4 pixels or beyond the picture, no neighbours; points
+            that are not ``(B, N, 3)``.
     """
 
     def __init__(
@@ -308,6 +325,11 @@ class PointImage(nn.Module):
         super().__init__()
         if not 1 <= views <= len(VIEWS):
             raise ValueError(f"{views} views: between 1 and {len(VIEWS)} are known.")
+        if not 4 <= (extent or size) <= size or neighbours < 1:
+            raise ValueError(
+                f"size {size}, extent {extent} and {neighbours} neighbours: the object takes from 4 pixels to the "
+                "whole picture, and a point has at least one neighbour, itself."
+            )
         self.views, self.size, self.extent, self.neighbours = views, size, extent or size, neighbours
         self.lift = nn.Conv1d(3, width, 1)
         self.edge = nn.Sequential(

@@ -115,6 +115,11 @@ def effective_receptive_field(model: nn.Module, images: Tensor | Iterable[Tensor
 
 def contribution(model: nn.Module, image: Tensor, features: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The map ``(H, W)`` of one image ``(C, H, W)``, in the mode that the model is in; see :func:`receptive_field`."""
+    if image.ndim != 3 or not image.is_floating_point():
+        raise ValueError(
+            f"an image is (C, H, W) of real numbers, normalised as the model wants it, not {tuple(image.shape)} of "
+            f"{image.dtype}."
+        )
     x = image.detach().clone().unsqueeze(0).requires_grad_()
     out = last_map(model, x) if features is None else features(x)
     if not isinstance(out, Tensor) or out.ndim != 4:

@@ -45,7 +45,10 @@ def read_file(name: str, task: Any, shape: Sequence[int], path: Path) -> Tensor:
         batch = {"image": decode_image(path)[None].float() / 255}
         return transform(batch, torch.Generator())["image"]
     if name == "audio":
-        return read_wav(path.read_bytes(), task.rate)[None]
+        wave = read_wav(path.read_bytes(), task.rate)
+        if len(wave) < (least := int(task.rate * task.window)):
+            raise Unreadable(f"it has {len(wave)} samples at {task.rate} a second; one moment takes {least}")
+        return wave[None]
     values = _read_array(path) if suffix == ".npy" else _read_table(path)
     if name == "points":
         if values.ndim != 2 or values.shape[1] != 3 or len(values) < 4:
@@ -69,7 +72,7 @@ def read_wav(content: bytes, rate: int) -> Tensor:
     """A WAV file → mono samples ``(L,)`` in [-1, 1] at ``rate`` a second.
 
     Raises:
-        Unreadable: it is no WAV file, or an empty one.
+        Unreadable: it is no WAV file, an empty one, or one of numbers that are not finite.
     """
     from scipy.io import wavfile
     from scipy.signal import resample_poly
@@ -86,6 +89,8 @@ def read_wav(content: bytes, rate: int) -> Tensor:
     elif np.issubdtype(samples.dtype, np.integer):
         wave = wave / -float(np.iinfo(samples.dtype).min)
     wave = wave.mean(1) if wave.ndim == 2 else wave
+    if not np.isfinite(wave).all():
+        raise Unreadable("its samples must be finite numbers")
     if own != rate:
         common = math.gcd(own, rate)
         wave = resample_poly(wave, rate // common, own // common)

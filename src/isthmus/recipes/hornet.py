@@ -130,6 +130,7 @@ def run(config: Config, run: Run) -> None:
     source = load(config.data, config.train_split, needs, run.seed)
     held_out = load(config.data, config.eval_split, needs, run.seed)
     classes = shared.class_names(source, held_out)
+    _check(config, len(classes))
     if config.orders:
         _compare(config, run)
 
@@ -234,10 +235,22 @@ def explained(told: Tensor, batch: Mapping[str, Tensor]) -> tuple[float, list[fl
     return 1 - float(rest), shares.tolist()
 
 
+def _check(config: Config, classes: int) -> None:
+    """Refuse, before anything is trained, what cannot be built."""
+    if min(config.orders, default=0) < 0 or len(set(config.orders)) < len(config.orders):
+        raise UserError(f"orders {config.orders}: different numbers from 0 on, where 0 is the block without products.")
+    if min(config.size, config.width) < 1:
+        raise UserError(f"size {config.size} and width {config.width}: at least 1 each.")
+    with torch.device("meta"), torch.no_grad():
+        for order in config.orders:
+            layer(order, config.width)
+        network = _network(config, classes).eval()
+        if isinstance(network, HorNet):
+            network(torch.empty(1, network.in_chans, config.size, config.size))
+
+
 def _compare(config: Config, run: Run) -> None:
     """Train one layer an order on the same fields and measure them on the same fresh ones."""
-    if min(config.orders) < 0 or len(set(config.orders)) < len(config.orders):
-        raise UserError(f"orders {config.orders}: different numbers from 0 on, where 0 is the block without products.")
     fields, fresh = (load(config.fields, split, _COLUMNS, run.seed) for split in ("train", "test"))
     batch = run.fabric.to_device(fresh.fetch(range(len(fresh))))
     shares: dict[str, list[float]] = {}

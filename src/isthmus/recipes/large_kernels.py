@@ -135,6 +135,11 @@ def run(config: Config, run: Run) -> None:
     """Train every network, measure its field, and ask what it goes by."""
     if not config.networks or len(set(config.networks)) < len(config.networks):
         raise UserError(f"networks must be different names, at least one, got {config.networks}.")
+    if config.size < 1 or min(config.test_images, config.cue_images) < 0:
+        raise UserError(
+            f"size {config.size} is at least 1, test_images {config.test_images} and cue_images {config.cue_images} at "
+            "least 0."
+        )
     for name in config.networks:  # a wrong name is told before the first is trained
         with torch.device("meta"):
             make_network(replace(config, weights="random"), name, 2)
@@ -224,7 +229,7 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
 
 
 def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of RepLKNet (31B, 31L, XL; trained, merged, or beneath a detector) as safetensors for timm.
+    """A published checkpoint of RepLKNet (31B, 31L, XL; trained, merged, beneath a detector) as safetensors for timm.
 
     Raises:
         UserError: no such checkpoint.

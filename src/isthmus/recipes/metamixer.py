@@ -122,7 +122,15 @@ class Config:
 
 def run(config: Config, run: Run) -> None:
     """Train a network with every mixer, compare them, merge and time them."""
+    if min(config.size, config.latency_size, config.heads) < 1 or min(config.rounds, config.test_images) < 0:
+        raise UserError(
+            f"size {config.size}, latency_size {config.latency_size} and heads {config.heads} are at least 1, rounds "
+            f"{config.rounds} and test_images {config.test_images} at least 0."
+        )
     makers = _makers(config)
+    with torch.device("meta"):
+        for make in makers.values():  # what cannot be built is told before the first is trained
+            make(2)
     source = load(config.data, config.train_split, needs, run.seed)
     held_out = load(config.data, config.eval_split, needs, run.seed)
     if config.test_images:
@@ -165,7 +173,7 @@ def run(config: Config, run: Run) -> None:
 
 def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     """Pictures to ``classes.json`` and every picture with its class; tables of series (``.csv``) to what follows."""
-    tables = [path for path in inputs if path.suffix == ".csv"]
+    tables = [path for path in inputs if path.suffix.lower() == ".csv"]
     told = [written for table in tables for written in forecast(run_dir, table, out)]
     pictures = [path for path in inputs if path not in tables]
     if not pictures:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,13 @@ def run(config: Config, run: Run) -> None:
     unknown = [name for name in config.tasks if name not in COLUMNS]
     if unknown or not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise UserError(f"tasks {', '.join(config.tasks) or '()'}: choose each once from {', '.join(COLUMNS)}.")
+    if config.test_samples < 0:
+        raise UserError(f"test_samples {config.test_samples}: how many to measure on, or 0 for all.")
     sources = {name: _sources(config, name, run.seed) for name in config.tasks}  # what is missing is told at once
     kernels = {"large": config.kernel}
     if config.twin and not config.encoder:
         kernels["small"] = config.twin
+    _check(config, sources, kernels.values())
     found: dict[str, dict[str, float]] = {name: {} for name in config.tasks}
     seen: dict[str, Tensor] = {}
     gaps = []
@@ -251,7 +254,7 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
 
 
 def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of UniRepLKNet (A to XL; trained, merged, or beneath a detector) as safetensors for timm.
+    """A published checkpoint of UniRepLKNet (A to XL; trained, merged, beneath a detector) as safetensors for timm.
 
     Raises:
         UserError: no such checkpoint.
@@ -298,6 +301,18 @@ def _sources(config: Config, name: str, seed: int) -> tuple[Dataset, Dataset]:
     if config.test_samples and config.test_samples < len(held_out):
         held_out = held_out.select(range(config.test_samples))  # type: ignore[arg-type]
     return train, held_out
+
+
+def _check(config: Config, sources: Mapping[str, tuple[Dataset, Dataset]], kernels: Iterable[int]) -> None:
+    """Refuse, before anything is trained, a task whose network cannot be built."""
+    for name, (train, _) in sources.items():
+        sample = train[0][COLUMNS[name]]
+        if not isinstance(sample, Tensor):
+            continue  # _prepared says so
+        outputs = len(sample) if name == "forecast" else 2
+        with torch.device("meta"):
+            for kernel in kernels:
+                make_model(replace(config, pretrained=False), name, list(sample.shape), outputs, kernel)
 
 
 def _prepared(dataset: Dataset, name: str) -> Dataset:
