@@ -291,3 +291,43 @@ def test_data_that_ends_early_is_told(tmp_path: Path) -> None:
 def test_phases_have_plain_names(tmp_path: Path) -> None:
     with Run.quick(tmp_path) as run, pytest.raises(UserError, match="letters, digits"):
         fit(run, "../up", jobs.Denoise(), jobs.pictures(), Training(steps=1))
+
+
+def stopped(tmp_path: Path, losses: list[float], options: Any = None, **settings: Any) -> tuple[FitResult, list[Any]]:
+    """Train with a validation loss that is written down beforehand; also the weights at every evaluation."""
+    seen: list[torch.Tensor] = []
+
+    def evaluate(objective: nn.Module) -> dict[str, float]:
+        seen.append(nn.utils.parameters_to_vector(objective.parameters()).clone())
+        if len(seen) > len(losses):
+            raise KeyboardInterrupt
+        return {"loss": losses[len(seen) - 1]}
+
+    return train(tmp_path, evaluate=evaluate, evaluate_every=1, options=options, **settings), seen
+
+
+def test_patience_ends_training_with_the_weights_of_the_lowest_loss(tmp_path: Path) -> None:
+    result, seen = stopped(tmp_path, [3.0, 1.0, 2.0, float("nan"), 1.5, 0.0], patience=3)
+    assert result.steps == len(seen) == 5
+    assert torch.equal(weights(result), seen[1])
+    whole, seen = stopped(tmp_path / "whole", [float(10 - i) for i in range(10)], patience=3)
+    assert whole.steps == len(seen) == 10
+    assert torch.equal(weights(whole), seen[-1])
+    with pytest.raises(UserError, match="patience needs an evaluation"):
+        train(tmp_path / "none", patience=3)
+    with pytest.raises(UserError, match="patience must be above 0"):
+        Training(steps=1, patience=0)
+
+
+def test_patience_survives_an_interruption(tmp_path: Path) -> None:
+    losses = [3.0, 1.0, 2.0, 2.5, 1.5, 0.0]
+    expected, _ = stopped(tmp_path / "whole", losses, patience=3)
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "cut", losses[:3], patience=3, options={"save_every": 1})
+    result, seen = stopped(tmp_path / "cut", losses[3:], patience=3, options={"save_every": 1, "resume": True})
+    assert len(seen) == 2
+    assert result.steps == expected.steps
+    assert torch.equal(weights(result), weights(expected))
+    again, seen = stopped(tmp_path / "cut", [], patience=3, options={"resume": True})
+    assert not seen
+    assert again.steps == 5

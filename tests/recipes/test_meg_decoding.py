@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from isthmus.codec import Codec, UserError
+from isthmus.codec import Codec, Loss, UserError
 from isthmus.data import load
 from isthmus.encoders.meg_conv import MEGConv
 from isthmus.engine import Run, Training
@@ -204,3 +206,33 @@ def test_published_trunks_are_converted_and_the_paper_model_has_its_size(tmp_pat
     assert isinstance(codec.encoder, MEGConv)
     retrieval = sum(p.numel() for name, p in codec.named_parameters() if "generation" not in name)
     assert retrieval == 6_424_472
+
+
+def test_the_published_setting_stops_early_on_validation(tmp_path: Path) -> None:
+    assert Config.paper().training.patience == 10
+    training = Training(epochs=40, batch_size=16, lr=0.3, patience=1)  # far too fast, so that it soon gets worse
+    config = replace(TINY, training=training, timed="", data=SIZE)
+    with Run.quick(tmp_path, name="meg-decoding", config=config) as run:
+        meg_decoding.run(config, run)
+    rows = list(csv.DictReader((run.dir / "scalars" / "convnet.csv").read_text().splitlines()))
+    steps = {int(row["step"]) for row in rows}
+    losses = [float(row["value"]) for row in rows if row["name"] == "evaluate/loss"]
+    assert max(steps) == 5 * len(losses), "after every epoch"
+    assert max(steps) < 200
+    assert losses[-1] >= min(losses[:-1])
+
+
+def test_validation_is_the_mean_over_all_trials() -> None:
+    trials = read(SIZE, "val", 0)
+    asked: list[int] = []
+
+    class Counting(torch.nn.Linear):
+        def forward(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> Any:  # type: ignore[override]
+            asked.append(len(batch["signal"]))
+            return Loss(batch["latent"].square().mean())
+
+    found = trials.loss_of(16)(Counting(1, 1))["loss"]
+    assert sum(asked) == len(trials)
+    assert max(asked) <= 16
+    assert min(asked) >= max(asked) - 1
+    assert found == pytest.approx(float(trials.latent.square().mean()), rel=1e-5)

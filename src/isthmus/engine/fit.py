@@ -16,6 +16,7 @@ from isthmus.codec import Loss, Turn, UserError
 from isthmus.engine.checkpoint import Checkpoints, Clock
 from isthmus.engine.guard import Finite, Interrupted, Signals
 from isthmus.engine.learner import Groups, Learner
+from isthmus.engine.patience import Patience
 from isthmus.engine.progress import Bar
 from isthmus.engine.run import Run
 from isthmus.engine.scalars import Curves, Scalars, Window
@@ -57,7 +58,8 @@ def fit(
         transform: ``transform(batch, generator) -> batch``, augmentation while loading.
         groups: parameter groups, in place of those that ``training`` gives; by turn where the objective alternates.
         batches: ``batches(start_step, rank, world)`` yields this process's share of every global batch, without end.
-        evaluate: ``evaluate(objective) -> {name: value}``, every ``training.evaluate_every`` steps and after the last.
+        evaluate: ``evaluate(objective) -> {name: value}``, every ``training.evaluate_every`` steps and after the last;
+            with ``training.patience`` its ``loss`` decides when training ends.
 
     Raises:
         UserError: settings that contradict each other or the data; a checkpoint that is damaged or another run's;
@@ -72,16 +74,21 @@ def fit(
     files = Checkpoints(run.dir / "checkpoints", phase)
     identity = {"phase": phase, "seed": run.seed, "samples": samples, "steps": steps, **_numbers(training)}
 
+    patience = Patience(training.patience)
+    if training.patience is not None and (evaluate is None or training.evaluate_every is None or run.sharded):
+        raise UserError("patience needs an evaluation, evaluate_every, and a model that is not sharded.")
+
     state = files.load_result() if run.resumed else None
     if state is not None:
         _restore(files, state, identity, learner.load_result)
         run.log(f"{phase}: finished before, loaded.")
-        return _finished(run, phase, learner, steps, state["curves"])
+        return _finished(run, phase, learner, state.get("step", steps), state["curves"])
     state = files.load(run.log) if run.resumed else None
     start, curves, window = 0, Curves(), Window()
     if state is not None:
         _restore(files, state, identity, learner.load)
         start, curves, window = state["step"], state["curves"], Window(**state["window"])
+        patience.load(state.get("patience"))
         state = None  # it is as large as all that it was copied to
     _check_agreed(run, start)
 
@@ -89,6 +96,7 @@ def fit(
         finite.judge()
         began = time.monotonic()
         content = {"identity": identity, "step": step, "curves": curves, "window": window.state(), **learner.state()}
+        content["patience"] = patience.state()
         if run.is_first:
             files.save(step, content)
         clock.saved(time.monotonic() - began)
@@ -98,6 +106,7 @@ def fit(
     finite = Finite(files.newest, lag=run.fabric.device.type != "cpu", scaled=learner.scaler is not None)
     logs = Scalars(run.dir, phase, curves, write=run.is_first, tensorboard=run.options.tensorboard)
     with Signals() as signals, logs as scalars, Bar(run, phase, start, steps, training.batch_size) as bar:
+        done = start
         for step in range(start, steps):
             if (batch := next(stream, None)) is None:
                 raise UserError(f"the data ended after {step} of {steps} steps; it must go on without end.")
@@ -121,6 +130,11 @@ def fit(
             if evaluate is not None and (done == steps or training.evaluates(done)):
                 values = learner.evaluate(evaluate)
                 scalars.add(done, {f"evaluate/{name}": value for name, value in values.items()})
+                if training.patience is not None:
+                    patience.see(run.fabric.broadcast(values["loss"]), learner.result)
+                    if patience.over and done < steps:
+                        run.log(f"{phase}: no better loss in {training.patience} evaluations, over after step {done}.")
+                        break
             stop, due = _agree(run, done, signals.stop, clock.due(done))
             if done < steps and (stop or due):
                 save(done)
@@ -130,10 +144,12 @@ def fit(
     finite.judge()
     if (close := getattr(stream, "close", None)) is not None:
         close()
-    result = {"identity": identity, "curves": curves, **learner.result()}
+    if patience.best is not None:
+        learner.load_result(patience.best)
+    result = {"identity": identity, "step": done, "curves": curves, **learner.result()}
     if run.is_first:
         files.finish(result)
-    return _finished(run, phase, learner, steps, curves)
+    return _finished(run, phase, learner, done, curves)
 
 
 def _update(
@@ -176,7 +192,8 @@ def _check_loss(out: Loss, objective: nn.Module) -> None:
 def _numbers(training: Training) -> dict[str, Any]:
     """The settings that decide the final weights."""
     settings = dataclasses.asdict(training)
-    return {key: value for key, value in settings.items() if key not in ("workers", "compile", "evaluate_every")}
+    idle = ["workers", "compile", *(["evaluate_every"] if training.patience is None else [])]
+    return {key: value for key, value in settings.items() if key not in idle}
 
 
 def _restore(files: Checkpoints, state: dict[str, Any], identity: dict[str, Any], load: Callable[[Any], None]) -> None:

@@ -68,6 +68,8 @@ class Training:
     """Processes that decode samples ahead of the loop."""
     evaluate_every: int | None = None
     """Steps between two evaluations during training; only after the last step without it."""
+    patience: int | None = None
+    """Evaluations without a lower loss after which training ends with its best weights; None trains to the end."""
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the optimiser, such as {"always_adapt": True}."""
 
@@ -86,6 +88,7 @@ class Training:
             "gamma",
             "layer_decay",
             "evaluate_every",
+            "patience",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.codec import UserError
 from isthmus.data import Memory, load
@@ -21,6 +21,7 @@ from isthmus.metrics.retrieval import topk_accuracy
 
 ALPHAS = tuple(10.0**power for power in range(8))
 _PICTURES = 64  # embedded at once
+_TAUGHT = ("signal", "subject", "latent", "positions")  # what training reads
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,22 @@ class Trials:
 
     def memory(self, name: str) -> Memory:
         """A dataset of what training reads."""
-        columns = ("signal", "subject", "latent", "positions")
-        return Memory(name, {column: getattr(self, column) for column in columns})
+        return Memory(name, {column: getattr(self, column) for column in _TAUGHT})
+
+    def loss_of(self, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
+        """A function of an objective: its mean ``loss`` over these trials, in batches of about that size.
+
+        The contrastive loss grows with the candidates, so the batches are those of training, and none is much smaller.
+        """
+
+        def loss(objective: nn.Module) -> dict[str, float]:
+            device, total = next(objective.parameters()).device, 0.0
+            for rows in torch.arange(len(self)).tensor_split(-(-len(self) // batch_size)):
+                batch = {column: getattr(self, column)[rows].to(device) for column in _TAUGHT}
+                total += len(rows) * float(objective(batch, torch.Generator()).loss)
+            return {"loss": total / len(self)}
+
+        return loss
 
 
 def read(
