@@ -136,13 +136,14 @@ def test_says_what_is_wrong(tmp_path: Path) -> None:
             (replace(SMALL, arms=()), "at least one of --arms"),
             (replace(SMALL, arms=("gan",), encoder="resnet10t"), "leave --encoder out"),
             (replace(SMALL, network="image", size=20), "give larger|no map grows"),
-            (replace(SMALL, values=0), "at least one value"),
-            (replace(SMALL, latents=-1), "at least one latent"),
+            (replace(SMALL, values=0), "values must be 1 or more, got 0"),
+            (replace(SMALL, latents=-1), "latents must be 1 or more"),
             (replace(SMALL, values=1), "arm fsq: .*at least two levels"),
             (replace(SMALL, arms=("ae", "gan"), encoder="resnet10t"), "leave --encoder out"),
             (replace(SMALL, encoder="resnet10"), "timm has no model"),
-            (replace(SMALL, measured=0), "measured and size must be 1 or more"),
-            (replace(SMALL, size=-4), "measured and size must be 1 or more"),
+            (replace(SMALL, measured=0), "measured must be 1 or more"),
+            (replace(SMALL, size=-4), "size must be 1 or more"),
+            (replace(SMALL, beta=-1.0), "beta must be 0 or more"),
         )
     ):
         with pytest.raises(UserError, match=told):

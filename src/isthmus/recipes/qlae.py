@@ -128,8 +128,11 @@ def run(config: Config, run: Run) -> None:
     """Train all arms, score them, draw what latents do, and keep the first."""
     if not config.arms:
         raise UserError("name at least one of --arms.")
-    if config.measured < 1 or config.size < 1:
-        raise UserError(f"measured and size must be 1 or more, got {config.measured} and {config.size}.")
+    for name in ("latents", "values", "size", "measured"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be 1 or more, got {getattr(config, name)}.")
+    if config.beta < 0:
+        raise UserError(f"beta must be 0 or more, got {config.beta}.")
     sizes = Sizes(config.latents, config.values, config.size, config.network, config.encoder, config.beta)
     for arm in config.arms:
         arms.check(arm, sizes)
