@@ -92,6 +92,8 @@ def test_impossible_bodies_are_refused() -> None:
         FFNet("narrow", (1, 1, 1, 1))
     with pytest.raises(ValueError, match="no first stage"):
         FFNet("narrow", (1, 1, 1), stem=(4, 4), stride_first=True)
+    with pytest.raises(ValueError, match="widths and stem must be 1 or more"):
+        FFNet(widths=(0, 8, 8, 8))
     with pytest.raises(ValueError, match="depth 40N"):
         arguments_of(40, "N")
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from isthmus.engine import Run, Training
 from isthmus.objectives.segmentation import Segmentation
 from isthmus.recipes import simple_segmentation
 from isthmus.recipes._segmentation_cues import FAR, cue_scenes
-from isthmus.recipes.simple_segmentation import Config, _fields, convert, palette, released
+from isthmus.recipes.simple_segmentation import Config, _class_names, _fields, convert, palette, released
 
 BRIEF = Training(steps=3, batch_size=4, lr=1e-3)
 SMALL: dict[str, Any] = {
@@ -66,6 +67,65 @@ def test_takes_other_encoders_and_ignores_a_class(tmp_path: Path) -> None:
     with Run.quick(tmp_path, name="simple-segmentation", config=config) as run:
         simple_segmentation.run(config, run)
     assert "miou" in json.loads((run.dir / "report.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("encoder", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_encoders_of_one_size_segment_pictures_of_any(encoder: str, tmp_path: Path) -> None:
+    training = Training(steps=1, batch_size=2, lr=1e-3)
+    config = Config(**{**SMALL, "images": 4, "test_images": 2, "encoder": encoder, "training": training})
+    with Run.quick(tmp_path / "run", name="simple-segmentation", config=config) as run:
+        simple_segmentation.run(config, run)
+    Image.new("RGB", (71, 33)).save(tmp_path / "a.png")
+    written = simple_segmentation.apply(run.dir, [tmp_path / "a.png"], tmp_path / "out")
+    with Image.open(written[1]) as mask:
+        assert mask.size == (71, 33)
+
+
+def test_classes_are_named_by_the_source_or_counted_in_every_mask(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    named = json.loads((trained[0] / "segmenter" / "classes.json").read_text())
+    assert named[:2] == ["ground", "circle"]
+    masks = [np.zeros((4, 4), np.uint8) for _ in range(300)]
+    masks[201][0, 0] = 5  # one pixel of one picture
+    pictures = [Image.new("RGB", (4, 4))] * 300
+    rows = {"image": pictures, "mask": [Image.fromarray(mask) for mask in masks]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    config = Config(data=f"parquet:{tmp_path}/train.parquet", images=0, test_images=0)
+    with Run.quick(tmp_path / "run", name="simple-segmentation", config=config) as run:
+        assert _class_names(config, run) == list("012345")
+
+
+def test_one_class_is_a_binary_mask() -> None:
+    codec = released("ffnet46NS_CCC_mobile", classes=1)
+    objective = Segmentation(codec.encoder, codec.decoder)  # type: ignore[arg-type]
+    images, mask = torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
+    mask[:, 8:] = 1
+    loss = objective.eval()({"image": images, "mask": mask}, torch.Generator())
+    assert loss.outputs["logits"].shape == (2, 2, 32, 32)
+    single = loss.outputs["logits"][:, 1]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(single, mask.float())
+    assert loss.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (0, 64)}, "--size must be"),
+        ({"divisor": 0}, "--divisor must be 1 to 32"),
+        ({"smallest": 2.0}, "--smallest is a share"),
+        ({"images": -1}, "--images must be 0 or more"),
+        ({"size": (32, 32), "training": Training(steps=1, batch_size=1)}, "batch norm needs two"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_runs(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = Config(**{**SMALL, "field": True, **changes})
+    quick = Run.quick(tmp_path, name="simple-segmentation", config=config)
+    with quick as run, pytest.raises(UserError, match=message):
+        simple_segmentation.run(config, run)
+    assert not json.loads((run.dir / "report.json").read_text())["metrics"]
 
 
 def test_far_cues_are_far_and_classes_follow_them() -> None:

@@ -87,6 +87,9 @@ class _Head(nn.Module):
             raise ValueError(f"branch is A, B or C, got {branch!r}.")
         if not 1 <= len(channels) <= 4:
             raise ValueError(f"the head takes one to four levels, got {len(channels)}.")
+        narrowest = min(*BRANCHES[branch][0], *BRANCHES[branch][1])
+        if not 1 <= divisor <= narrowest:
+            raise ValueError(f"divisor must be 1 to {narrowest} for branch {branch}, got {divisor}.")
         adapter, out = ([w // divisor for w in widths[-len(channels) :]] for widths in BRANCHES[branch])
         if len(channels) < 4:  # fewer levels keep the width of the finest
             out = [w // divisor for w in BRANCHES[branch][1][: len(channels)]]

@@ -140,6 +140,8 @@ class FFNet(Pyramid):
                 f"a {body} body has {stages} stages of at least one block, 4 widths and {convolutions[body]} stem "
                 f"channels; got layers {tuple(layers)}, widths {tuple(widths)} and stem {tuple(stem)}."
             )
+        if min(*widths, *stem) < 1:
+            raise ValueError(f"widths and stem must be 1 or more, got {tuple(widths)} and {tuple(stem)}.")
         if body == "narrow" and stride_first:
             raise ValueError("the narrow body has no first stage that could stride.")
         block = Bottleneck if bottleneck else BasicBlock

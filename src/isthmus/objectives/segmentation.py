@@ -17,7 +17,7 @@ class Segmentation(nn.Module):
 
     Args:
         encoder: images to a pyramid.
-        decoder: the pyramid to logits ``(B, K, h, w)``.
+        decoder: the pyramid to logits ``(B, K, h, w)``; a single one is that of 1 against 0, a binary mask.
         ignore: a class that is not learnt (unlabelled pixels); ``None`` learns all.
     """
 
@@ -26,8 +26,10 @@ class Segmentation(nn.Module):
         self.encoder, self.decoder, self.ignore = encoder, decoder, ignore
 
     def logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """``(B, 3, H, W)`` → ``(B, K, *size)``, of the images' own size without one."""
-        return F.interpolate(self.decoder(self.encoder(images)), size or images.shape[2:], mode="bilinear")
+        """``(B, 3, H, W)`` → ``(B, K, *size)``, of the images' own size without one; a binary mask has K = 2."""
+        logits = F.interpolate(self.decoder(self.encoder(images)), size or images.shape[2:], mode="bilinear")
+        # The softmax over 0 and z is the sigmoid of z.
+        return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator, turn: str | None = None) -> Loss:
         """A batch with ``image`` and ``mask`` int64 ``(B, H, W)`` to the loss and the share of right pixels.

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from isthmus.data.transforms import Compose, Flip, RandomResizedCrop, Resize
 from isthmus.decoders import ffnet_head
 from isthmus.decoders.ffnet_head import FFNetClassifier, FFNetHead
 from isthmus.encoders import ffnet
-from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.backbone import Backbone, made_for
 from isthmus.encoders.ffnet import FFNet
 from isthmus.encoders.trained import read_state
 from isthmus.engine import Run, Training, read_config
@@ -76,9 +77,9 @@ class Config:
     smallest: float = 0.4
     """Smallest share of a picture that a training crop covers."""
     classes: int = 0
-    """Classes of the masks; counted in the data where it is 0."""
+    """Classes of the masks; counted in the data where it is 0; 1 learns one binary mask of the values 0 and 1."""
     ignore: int = -1
-    """A class that is neither learnt nor measured; -1 is none."""
+    """A class that is neither learnt nor measured, often 255; -1 is none."""
     images: int = 800
     """Pictures to train on; 0 is all."""
     test_images: int = 200
@@ -158,19 +159,22 @@ def released(name: str, classes: int | None = None) -> Codec:
 
 def run(config: Config, run: Run) -> None:
     """Measure fields, train on cues, train the segmenter."""
-    if config.field:
-        _fields(run)
-    if config.cues:
-        _far_cues(run, config)
+    _check(config)
     train_set = _dataset(config, "train", config.images, run.seed)
     held_out = _dataset(config, "test", config.test_images, run.seed)
-    names = _class_names(config, train_set, held_out)
+    names = _class_names(config, run)
     run.log(f"{config.data}: {len(train_set)} pictures to train on, {len(held_out)} held out, {len(names)} classes.")
     run.seed_everything("segmenter")
     encoder = _encoder(config)
     channels = [level.channels for level in encoder.feature_info]
-    head = FFNetHead(channels, len(names), config.branch, config.segmentation, config.mobile, config.divisor)
+    outputs = 1 if config.classes == 1 else len(names)
+    head = FFNetHead(channels, outputs, config.branch, config.segmentation, config.mobile, config.divisor)
+    _check_places(config, run, encoder.feature_info[-1].reduction)
     ignore = None if config.ignore < 0 else config.ignore
+    if config.field:
+        _fields(run)
+    if config.cues:
+        _far_cues(run, config)
     crop = RandomResizedCrop(config.size, scale=(config.smallest, 1.0))
     steps = Compose([crop, Flip(), shared.Normalize()])
     result = fit(run, "segmenter", Segmentation(encoder, head, ignore), train_set, config.training, steps)
@@ -203,8 +207,11 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     if not (folder / _CLASSES).is_file():
         raise UserError(f"{run_dir} has no {_SEGMENTER}; run the recipe to its end first.")
     names = json.loads((folder / _CLASSES).read_text())
-    read_config(run_dir)
+    if len(names) > 256:
+        raise UserError(f"{len(names)} classes do not fit into the 256 colours of a mask.")
+    size = tuple(read_config(run_dir)["config"]["size"])
     codec = Codec.from_pretrained(folder)
+    seen_at = size if _of_one_size(codec.encoder) else None
     objective = Segmentation(codec.encoder, codec.decoder).eval()  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     made: dict[Path, Image.Image] = {}
@@ -216,11 +223,12 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
             continue
         x = shared.Normalize()({"image": image[None].float() / 255}, torch.Generator())["image"]
         with torch.no_grad():
-            mask = objective.logits(x).argmax(1)[0]
-        stem = source.stem if out / f"{source.stem}-mask.png" not in made else f"{source.stem}-{len(made)}"
-        drawn = Image.fromarray(mask.to(torch.uint8).numpy(), "P") if len(names) <= 256 else None
-        if drawn is None:
-            raise UserError(f"{len(names)} classes do not fit into the 256 colours of a mask.")
+            shown = x if seen_at is None else F.interpolate(x, seen_at, mode="bilinear", antialias=True)
+            mask = objective.logits(shown, (x.shape[2], x.shape[3])).argmax(1)[0]
+        stem, number = source.stem, len(made)
+        while out / f"{stem}-mask.png" in made:  # another folder's picture of that name
+            stem, number = f"{source.stem}-{number}", number + 1
+        drawn = Image.fromarray(mask.to(torch.uint8).numpy(), "P")
         drawn.putpalette([value for colour in palette(len(names)) for value in colour])
         made[out / f"{stem}-mask.png"] = drawn
         made[out / f"{stem}-overlay.png"] = _overlaid(image, mask, len(names))
@@ -409,31 +417,75 @@ def _overlaid(image: Tensor, mask: Tensor, classes: int) -> Image.Image:
     return Image.fromarray(mixed.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
+def _check(config: Config) -> None:
+    """Refuse what no run can do, before any of it is done.
+
+    Raises:
+        UserError: see its message.
+    """
+    for name in ("images", "test_images", "classes"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(config, name)}.")
+    if min(config.size) < 1:
+        raise UserError(f"--size must be a height and a width of 1 pixel or more, got {config.size}.")
+    if not 0 < config.smallest <= 1:
+        raise UserError(f"--smallest is a share above 0 and up to 1, got {config.smallest}.")
+    if not config.encoder and not 1 <= config.divisor <= 32:
+        raise UserError(f"--divisor must be 1 to 32 for the small network, got {config.divisor}.")
+
+
+def _check_places(config: Config, run: Run, reduction: int) -> None:
+    """Batch norm needs two values a channel in training; the coarsest map of one small picture has a single place."""
+    alone = config.training.batch_size == config.training.accumulate * run.world
+    if alone and max(config.size) <= reduction:
+        raise UserError(
+            f"a batch of one picture of {config.size[0]}x{config.size[1]} pixels leaves one place of the coarsest map "
+            f"(reduction {reduction}), and batch norm needs two; raise --training.batch-size or --size."
+        )
+
+
 def _encoder(config: Config) -> Any:
     if config.encoder:
-        return Backbone(config.encoder)
+        if not made_for(config.encoder, -1):
+            return Backbone(config.encoder)
+        try:  # plain ViTs can be told to take any size
+            return Backbone(config.encoder, dynamic_img_size=True, dynamic_img_pad=True)
+        except TypeError:
+            return Backbone(config.encoder, img_size=config.size)
     widths = tuple(w // config.divisor for w in (64, 128, 192, 320))
     slim = create_timm("ffnet22s", num_classes=0, widths=widths, stem=(widths[0] // 2, widths[0]), layers=(2, 2, 2, 2))
     return Backbone(slim)
 
 
-def _dataset(config: Config, split: str, count: int, seed: int) -> Dataset:
-    dataset = load(config.data, split, needs, seed)
+def _of_one_size(encoder: Any) -> bool:
+    """Whether an encoder sees no pictures but those of the size that it was made for (windows, fixed positions)."""
+    model = getattr(encoder, "model", None)
+    fixed = bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
+    return fixed and not getattr(getattr(model, "patch_embed", None), "dynamic_img_pad", False)
+
+
+def _dataset(config: Config, split: str, count: int, seed: int, columns: Sequence[str] = needs) -> Dataset:
+    dataset = load(config.data, split, columns, seed)
     return dataset.select(np.arange(count)) if count and count < len(dataset) else dataset
 
 
-def _class_names(config: Config, *datasets: Dataset) -> list[str]:
-    """Names of what masks hold; numbers where the source does not name them."""
-    named: Sequence[str] | None = getattr(datasets[0], "object_classes", None)
-    if named is not None and not config.classes:
+def _class_names(config: Config, run: Run) -> list[str]:
+    """Names of what masks hold; numbers where the source does not name them.
+
+    Every mask is looked at, because a class that only a few hold would end the training when it turns up.
+    """
+    if config.classes:
+        return [str(number) for number in range(max(2, config.classes))]
+    named: Sequence[str] | None = getattr(load(config.data, "train", ("mask",), run.seed), "object_classes", None)
+    if named is not None:
         return ["ground", *named]
-    count = config.classes
-    if not count:
-        largest = 0
-        for dataset in datasets:
-            few = dataset.select(np.arange(0, len(dataset), max(1, len(dataset) // 200)))
-            for batch in evaluation_batches(few, 16, transform=Resize(config.size)):
-                known = batch["mask"][batch["mask"] != config.ignore]
+    largest = 0
+    for split, count in (("train", config.images), ("test", config.test_images)):
+        dataset = _dataset(config, split, count, run.seed, ("mask",))
+        for start in range(0, len(dataset), 64):
+            for sample in dataset.samples(range(start, min(start + 64, len(dataset)))):
+                known = sample["mask"][sample["mask"] != config.ignore]
                 largest = max(largest, int(known.max()) if known.numel() else 0)
-        count = largest + 1
-    return [str(number) for number in range(count)]
+    if largest == 255:
+        run.log("The masks hold 255, which often means that nothing is known there; --ignore 255 leaves it out.")
+    return [str(number) for number in range(largest + 1)]
