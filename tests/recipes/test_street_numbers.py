@@ -97,3 +97,18 @@ def test_says_what_is_wrong(tmp_path: Path) -> None:
             street_numbers.run(Config(accuracy=98), run)
         with pytest.raises(UserError, match="no labels, caption or label"):
             street_numbers.run(Config(data=f"folder:{tmp_path / 'plain'}"), run)
+
+
+def test_the_published_boxes_of_svhn_are_left_top_width_height() -> None:
+    """The hub's full numbers carry boxes in COCO's form; read as corners they would cut other places out."""
+    assert "boxes_format=xywh" in Config.paper().data
+
+
+def test_an_encoder_of_one_size_is_made_for_the_window(tmp_path: Path) -> None:
+    training = Training(steps=1, batch_size=4, lr=1e-3)
+    config = Config(**{**SMALL, "images": 8, "test_images": 8}, encoder="vit_tiny_patch16_224", training=training)
+    with Run.quick(tmp_path / "run", name="street-numbers", config=config) as run:
+        street_numbers.run(config, run)
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    written = street_numbers.apply(run.dir, [tmp_path / "a.png"], tmp_path / "out")
+    assert "number" in json.loads(written[0].read_text())["pictures"][str(tmp_path / "a.png")]

@@ -45,7 +45,7 @@ from isthmus.decoders.digit_sequence import (
     right,
     targets,
 )
-from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.backbone import Backbone, made_for
 from isthmus.encoders.maxout_cnn import MaxoutCNN
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
@@ -116,7 +116,7 @@ class Config:
         ``--data parquet:PATH`` of full numbers with ``image``, ``labels`` and ``boxes`` of the digits.
         """
         return cls(
-            data="hub:ufldl-stanford/svhn?config=full_numbers&boxes=digits.bbox&labels=digits.label",
+            data="hub:ufldl-stanford/svhn?config=full_numbers&boxes=digits.bbox&labels=digits.label&boxes_format=xywh",
             size=(54, 54),
             resize=(64, 64),
             boxes=True,
@@ -334,7 +334,7 @@ def _objective(config: Config, kind: str) -> NumberReading:
 
 def _encoder(config: Config, shallow: bool) -> Any:
     if config.encoder:
-        return Backbone(config.encoder)
+        return Backbone(config.encoder, **({"img_size": config.size} if made_for(config.encoder, -1) else {}))
     border: Any = config.border or None
     options: dict[str, Any] = {"kernel": config.kernel, "pieces": config.pieces, "dense": config.dense}
     options |= {"dropout": config.dropout, "border": border, "batch_norm": config.batch_norm, "local": config.local}
