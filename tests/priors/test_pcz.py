@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from isthmus.codec import UserError
-from isthmus.priors import pcz
+from isthmus.priors import pcz, pictures
 from isthmus.priors.circuit import HCLT
 from isthmus.priors.lifting import decorrelate, recorrelate, residuals, restore
 from isthmus.priors.pcz import PictureCoder
@@ -165,6 +165,19 @@ def test_what_makes_a_picture_look_so_is_kept(colour: PictureCoder, tmp_path: Pa
     assert back.info["icc_profile"] == b"a profile"
 
 
+def test_pixels_beyond_a_short_palette_stay_what_they_are(colour: PictureCoder, tmp_path: Path) -> None:
+    """Such files are about; written with as few bits as their palette asks for, their pixels would change."""
+    planes = np.arange(0, 240, 6, dtype=np.uint8).reshape(5, 8)
+    image = Image.frombytes("P", (8, 5), planes.tobytes())
+    image.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200], "RGB")
+    back = colour.decompress(colour.compress(image))
+    (tmp_path / "a.png").write_bytes(png(back))
+    assert len(back.getpalette("RGB") or []) == 9
+    opened = read(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(opened), planes)
+    assert np.array_equal(np.asarray(opened.convert("RGB")), np.asarray(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "RGB"])
 def test_a_transparent_colour_becomes_alpha(mode: str, colour: PictureCoder, tmp_path: Path) -> None:
     image = Image.fromarray(smooth(6, 6, 3)).convert(mode)
@@ -260,6 +273,37 @@ def test_more_than_eight_bits_and_foreign_colours_are_refused(colour: PictureCod
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["tif", "sgi", "jp2", "avif"])
+def test_other_formats_that_pillow_reads_as_fewer_bits_are_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"deep.{kind}"
+    plain = Image.fromarray(smooth(8, 8, 3))
+    if kind.upper() not in {"TIF", "SGI"} and Image.registered_extensions().get(f".{kind}") not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {kind}")
+    plain.save(path)
+    assert read(path).mode == "RGB", "8 bits are taken"
+    data = path.read_bytes()
+    if kind == "tif":
+        data = _tiff16()
+    elif kind == "sgi":
+        data = data[:3] + b"\2" + data[4:] + data[512:]
+    elif kind == "jp2":
+        at = data.index(b"\xff\x4f\xff\x51") + 42
+        data = data[:at] + bytes([15, 1, 1] * 3) + data[at + 9 :]
+    else:
+        at = data.index(b"av1C") + 6
+        data = data[:at] + bytes([data[at] | 0x40]) + data[at + 1 :]
+    with Image.open(path) as opened:  # of AVIF only the header is changed, which Pillow would not open
+        path.write_bytes(data)
+        if kind == "avif":
+            with pytest.raises(UserError, match="does not have 8 bits a channel"):
+                pictures._check_depth(path, opened)
+            return
+    with Image.open(path) as opened:
+        assert opened.mode == "RGB", "Pillow tells no difference"
+    with pytest.raises(UserError, match="does not have 8 bits a channel"):
+        read(path)
+
+
 def test_circuits_that_do_not_fit_are_refused() -> None:
     circuit = make(2, 1)
     for patch, channels in ((3, 1), (2, 3), (2, 2), (0, 1)):
@@ -300,3 +344,17 @@ def _png16(path: Path, colours: int) -> Path:
 def _ppm16(path: Path) -> Path:
     path.write_bytes(b"P6 2 1 65535\n" + bytes(range(12)))
     return path
+
+
+def _tiff16() -> bytes:
+    """A TIFF of 2×1 colours of 16 bits."""
+    tags = {256: 2, 257: 1, 258: 122, 259: 1, 262: 2, 273: 128, 277: 3, 278: 1, 279: 12}
+    long = {258, 273, 279}
+    entries = b"".join(
+        struct.pack("<HHI", tag, 3 if tag not in long or tag == 258 else 4, 3 if tag == 258 else 1)
+        + (struct.pack("<I", value) if tag in long else struct.pack("<HH", value, 0))
+        for tag, value in tags.items()
+    )
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    assert len(head) == 122
+    return head + struct.pack("<HHH", 16, 16, 16) + bytes(range(12))

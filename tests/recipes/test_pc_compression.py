@@ -105,6 +105,27 @@ def test_apply_goes_there_and_back(done: tuple[Path, dict[str, Any]], tmp_path: 
     assert pc_compression.apply(done[0], beside, tmp_path)[0].name == "photo.png"
 
 
+def test_apply_never_replaces_another_picture(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    for name, value in {"a.png": 9, "a.bmp": 200, "other/a.png": 3}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (5, 4), value).save(tmp_path / name)
+    sources = [tmp_path / "a.png", tmp_path / "a.bmp"]
+    packed = pc_compression.apply(done[0], sources, tmp_path)
+    assert [p.name for p in packed] == ["a.pcz", "a-2.pcz"]
+    before = {path: path.stat().st_mtime_ns for path in (*packed, *sources)}
+    assert pc_compression.apply(done[0], sources, tmp_path) == packed, "the same once more changes nothing"
+    assert pc_compression.apply(done[0], packed[:1], tmp_path) == [tmp_path / "a.png"], "the picture it came from"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(UserError, match=r"a\.pcz is there already and holds something else"):
+        pc_compression.apply(done[0], [tmp_path / "a.bmp"], tmp_path)
+    with pytest.raises(UserError, match=r"other.a\.png is there already and holds something else"):
+        pc_compression.apply(done[0], packed[:1], tmp_path / "other")
+    (tmp_path / "other" / "a-2.png").write_text("somebody's notes")
+    with pytest.raises(UserError, match="holds something else"):
+        pc_compression.apply(done[0], packed[1:], tmp_path / "other")
+    assert (tmp_path / "other" / "a-2.png").read_text() == "somebody's notes"
+
+
 def test_apply_tells_what_is_wrong_and_writes_nothing(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     Image.fromarray(np.full((3, 3), 40000, np.uint16)).save(tmp_path / "deep.png")
     Image.new("L", (9, 9), 7).save(tmp_path / "a.png")
@@ -178,7 +199,12 @@ def test_colour_images_mini_batches_and_no_photographs(tmp_path: Path) -> None:
         ({"patch": 1}, "patch is at least 2"),
         ({"photos_eval": 0}, "at least 1"),
         ({"photos": "photos:3?count=4", "epochs": 1}, "patches take 4 a side"),
-        ({"pseudocount": -1.0}, "pseudocount is not negative"),
+        ({"pseudocount": -1.0}, "pseudocount is finite and not negative"),
+        ({"pseudocount": float("nan")}, "pseudocount is finite and not negative"),
+        ({"batch_size": 0}, "batch_size is at least 1, got 0"),
+        ({"patches": -5}, "patches is at least 1, got -5"),
+        ({"patch_epochs": 0}, "patch_epochs is at least 1, got 0"),
+        ({"stochastic_epochs": -1}, "stochastic_epochs is not negative"),
     ],
 )
 def test_impossible_settings_are_told(changes: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ Values are logarithms; sums are taken level by level as one batched product of m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
@@ -66,9 +67,9 @@ class HCLT(nn.Module):
 
     def __init__(self, parents: Sequence[int], categories: int, latents: int = 16, pseudocount: float = 0.01) -> None:
         super().__init__()
-        if categories < 1 or latents < 1 or pseudocount < 0:
+        if categories < 1 or latents < 1 or not 0 <= pseudocount < math.inf:
             raise ValueError(
-                "categories and latents are at least 1 and pseudocount is not negative, got "
+                "categories and latents are at least 1 and pseudocount is finite and not negative, got "
                 f"{categories}, {latents} and {pseudocount}."
             )
         self.parents, self.categories, self.latents = checked(parents), categories, latents

@@ -119,6 +119,12 @@ def png(image: Image.Image) -> bytes:
     """The image as a PNG file."""
     file = io.BytesIO()
     kept = {key: image.info[key] for key in ("transparency", "icc_profile", "exif") if key in image.info}
+    if image.mode == "P":
+        # Pillow takes as many bits a pixel as the palette asks for; pixels beyond its end, black ones, have to fit.
+        colours, named = bytes(image.getpalette("RGB") or []), 3 * (int(np.asarray(image).max()) + 1)
+        if len(colours) < named:
+            image = image.copy()
+            image.putpalette(colours.ljust(named, b"\0"), "RGB")
     image.save(file, "PNG", **kept)
     return file.getvalue()
 
@@ -140,15 +146,28 @@ def unpack_extras(data: bytes) -> dict[str, Any]:
 
 
 def _check_depth(path: Path, image: Image.Image) -> None:
-    """Pillow reads some files of 16 bits a channel as if they had 8; refuse them before their pixels are lost."""
+    """Pillow reads some files of more than 8 bits a channel as if they had 8; refuse them before pixels are lost."""
     deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+    tile: Any = getattr(image, "tile", None)
     if image.format == "PNG":
         with open(path, "rb") as file:
             deep = deep or file.read(25)[24] == 16
-    tile: Any = getattr(image, "tile", None)
-    if image.format == "PPM" and tile:
+    elif image.format == "TIFF":
+        bits: Any = getattr(image, "tag_v2", {}).get(258, 1)
+        deep = deep or max(bits if isinstance(bits, tuple) else (bits,)) > 8
+    elif image.format == "SGI" and tile:
+        deep = deep or tile[0][0] == "SGI16"
+    elif image.format == "PPM" and tile:
         arguments = tile[0][3]
         deep = deep or (isinstance(arguments, tuple) and len(arguments) > 1 and arguments[1] != 255)
+    elif image.format == "JPEG2000":
+        # After the marker SIZ: 36 bytes, the number of components, and for each its depth less 1, a sign bit, two more.
+        _, _, data = path.read_bytes().partition(b"\xff\x4f\xff\x51")
+        count = int.from_bytes(data[36:38], "big")
+        deep = deep or any(depth & 127 > 7 for depth in data[38 : 38 + 3 * count : 3])
+    elif image.format == "AVIF":
+        _, _, data = path.read_bytes().partition(b"av1C")
+        deep = deep or (len(data) > 2 and bool(data[2] & 0x40))  # the bit that means 10 or 12 bits
     if deep:
         raise UserError(_too_deep(str(path)))
 

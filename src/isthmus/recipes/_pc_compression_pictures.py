@@ -115,13 +115,15 @@ def load(path: Path, threads: int | None = None) -> PictureCoder:
     """The coder of a file of :func:`save`.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is damaged.
     """
     try:
         with safe_open(str(path), "pt") as file:
             facts = json.loads((file.metadata() or {})["circuit"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path.parent} has no readable {path.name}; run the recipe to its end first.") from error
+        raise UserError(
+            f"{path.parent} has no readable {path.name}; run the recipe to its end first, and not with --photos none."
+        ) from error
     circuit = HCLT(facts["parents"], 256, facts["latents"], facts["pseudocount"])
     load_weights(circuit, path)
     return PictureCoder(circuit, facts["patch"], threads=threads)

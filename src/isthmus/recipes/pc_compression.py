@@ -37,7 +37,7 @@ from isthmus.priors.circuit import HCLT
 from isthmus.priors.circuit_coding import CircuitCoder
 from isthmus.priors.circuit_schedule import Schedule
 from isthmus.priors.circuit_tree import Tree, chain, chow_liu_tree, mutual_information, random_tree
-from isthmus.priors.pictures import png, read
+from isthmus.priors.pictures import from_image, png, read
 from isthmus.recipes import _pc_compression_pictures as pictures
 from isthmus.report import figures
 
@@ -109,8 +109,13 @@ class Config:
 
 def run(config: Config, run: Run) -> None:
     """Learn circuits of small images and of patches; compress, decompress, compare and draw."""
-    if config.patch < 2 or config.timed < 1 or config.photos_eval < 1 or config.photos_train < 1:
-        raise UserError("patch is at least 2; timed, photos_train and photos_eval are at least 1.")
+    counts = ("latents", "tree_latents", "epochs", "batch_size", "timed", "photos_train", "photos_eval", "patches")
+    for name in (*counts, "patch_latents", "patch_epochs"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is at least 1, got {getattr(config, name)}.")
+    if config.patch < 2 or config.stochastic_epochs < 0:
+        told = f"{config.patch} and {config.stochastic_epochs}"
+        raise UserError(f"patch is at least 2 and stochastic_epochs is not negative, got {told}.")
     train, test, levels, shape = _small_images(run, config)
     run.log(
         f"{config.data}: {len(train)} images to learn from, {len(test)} to compress, {train.shape[1]} variables of "
@@ -127,26 +132,37 @@ def run(config: Config, run: Run) -> None:
 def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     """Compress pictures to ``NAME.pcz``, and turn ``NAME.pcz`` back into ``NAME.png``.
 
+    Inputs of the same name become ``NAME-2``, ``NAME-3`` and so on. A file that is there already is left alone where it
+    holds the same picture, and never replaced by another one.
+
     Raises:
-        UserError: the run has no circuit of pictures, a picture has more than 8 bits a channel, or a ``.pcz`` is
-            damaged or of another run. Files before it are written, none is written in part.
+        UserError: the run has no circuit of pictures, a picture has more than 8 bits a channel, a ``.pcz`` is damaged
+            or of another run, or a file that holds something else is in the way. Files before it are written, none is
+            written in part.
     """
     coder = pictures.load(run_dir / pictures.MODEL)
     written: list[Path] = []
     for path in inputs:
         back = path.suffix.lower() == ".pcz"
-        if back:
-            data = png(coder.decompress(path.read_bytes(), str(path)))
-        else:
-            data = coder.compress(read(path), str(path))
-        target = out / f"{path.stem}{'.png' if back else '.pcz'}"
-        for number in range(2, len(inputs) + 2):
-            if target not in written and target.resolve() != path.resolve():
-                break
-            target = target.with_stem(f"{path.stem}-{number}")  # another folder's picture of the same name
-        write_atomically(target, data)
+        image = coder.decompress(path.read_bytes(), str(path)) if back else read(path)
+        data = png(image) if back else coder.compress(image, str(path))
+        stem, number = out / path.stem, 1
+        while (target := Path(f"{stem}{f'-{number}' if number > 1 else ''}{'.png' if back else '.pcz'}")) in written:
+            number += 1  # another folder's picture of the same name
+        if not target.exists():
+            write_atomically(target, data)
+        elif not target.is_file() or (target.read_bytes() != data and not (back and _shows(target, image))):
+            raise UserError(f"{target} is there already and holds something else; move it, or give another --out.")
         written.append(target)
     return written
+
+
+def _shows(path: Path, image: Image.Image) -> bool:
+    """Whether a file holds exactly this picture."""
+    try:
+        return from_image(read(path)).digest == from_image(image).digest
+    except (UserError, OSError):
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------- small images
