@@ -110,6 +110,53 @@ def test_files_of_a_folder_are_people_and_fewer_sensors_are_padded(tmp_path: Pat
     assert len(one) == 30
 
 
+def test_words_of_several_files_are_numbered_together(tmp_path: Path) -> None:
+    """Numbered file by file, a cat of the one would be a dog of the other."""
+    arrays(tmp_path / "a.npz", 4, label=list("yxyx"), subject=["eve"] * 4, stimulus=["p", "q", "p", "q"])
+    arrays(tmp_path / "b.npz", 4, label=list("zyzy"), subject=["ann"] * 4, stimulus=["q", "r", "q", "r"])
+    whole: Any = load(f"meg:{tmp_path}", "all", ("signal", "subject", "label", "stimulus"))
+    batch = whole.fetch(range(8))
+    assert whole.classes == ["x", "y", "z"]
+    assert batch["label"].tolist() == [1, 0, 1, 0, 2, 1, 2, 1]
+    assert batch["stimulus"].tolist() == [0, 1, 0, 1, 1, 2, 1, 2]
+    assert whole.people == ("ann", "eve")
+    assert batch["subject"].tolist() == [1] * 4 + [0] * 4
+    arrays(tmp_path / "c.npz", 4, label=[0, 1, 0, 1], subject=["eve"] * 4, stimulus=["p"] * 4)
+    with pytest.raises(UserError, match="label is words in some files and numbers in others"):
+        load(f"meg:{tmp_path}", "all", ("signal",))
+    arrays(tmp_path / "d.npz", 4, label=[0, 1, 0, 2], classes=["x", "y"])
+    with pytest.raises(UserError, match="classes has 2 names, which is too few"):
+        read(tmp_path / "d.npz")
+
+
+def test_parts_are_as_told_or_share_no_stimulus(tmp_path: Path) -> None:
+    stimulus = np.arange(60) % 12
+    path = arrays(tmp_path / "a.npz", 60, stimulus=stimulus)
+    parts = {split: load(f"meg:{path}", split, ("signal", "stimulus")) for split in ("train", "val", "test")}
+    seen = [set(part.fetch(range(len(part)))["stimulus"].tolist()) for part in parts.values()]
+    assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
+    assert sum(map(len, parts.values())) == 60
+    assert sorted(set().union(*seen)) == list(range(12))
+    told = ["test" if i < 20 else "val" if i < 30 else "train" for i in range(60)]
+    path = arrays(tmp_path / "b.npz", 60, stimulus=stimulus, split=told)
+    assert [len(load(f"meg:{path}", split, ("signal",))) for split in ("train", "val", "test")] == [30, 10, 20]
+    arrays(tmp_path / "c.npz", 2, split=["train", "dev"])
+    with pytest.raises(UserError, match="split says 'dev'; it may say train, val, test"):
+        read(tmp_path / "c.npz")
+    with pytest.raises(UserError, match="some files say which split"):
+        load(f"meg:{tmp_path}/[ab].npz", "all", ("signal",))
+
+
+def test_a_rate_resamples_every_file(tmp_path: Path) -> None:
+    path = arrays(tmp_path / "a.npz")
+    data: Any = load(f"meg:{path}?rate=20", "all", ("signal",))
+    assert data.rate == pytest.approx(20)
+    assert data[0]["signal"].shape == (6, 17)
+    for options in ("rate=fast", "rate=-1", "start=1&stop=0"):
+        with pytest.raises(UserError, match="start"):
+            load(f"meg:{path}?{options}", "all", ("signal",))
+
+
 def test_broken_recordings_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(arrays(tmp_path / "whole.npz").read_bytes()[:100])
     (tmp_path / "no.fif").write_bytes(b"nothing")

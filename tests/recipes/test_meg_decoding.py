@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,25 @@ def test_apply_takes_other_rates_and_other_sensors(done: tuple[Path, dict[str, A
         meg_decoding.apply(tmp_path / "empty", [tmp_path / "short.npz"], tmp_path / "out")
 
 
+def test_apply_finds_the_person_by_name(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Each file numbers its own words; the number that counts is that of training."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(done[0] / "decoder", run_dir / "decoder")
+    about = json.loads((run_dir / "decoder" / "about.json").read_text())
+    (run_dir / "decoder" / "about.json").write_text(json.dumps({**about, "people": ["ann", "eve.npz"]}))
+    bare = {"subject": np.array(["eve.npz"] * 24)}
+    first = np.load(meg_decoding.apply(run_dir, [npz(tmp_path / "x.npz", **bare)], tmp_path / "1")[0])
+    with np.load(npz(tmp_path / "whole.npz")) as whole:
+        np.savez(tmp_path / "eve.npz", **{k: whole[k] for k in whole.files if k != "subject"})
+        np.savez(tmp_path / "other.npz", **{k: whole[k] for k in whole.files if k != "subject"})
+    files = meg_decoding.apply(run_dir, [tmp_path / "eve.npz", tmp_path / "other.npz"], tmp_path / "2")
+    np.testing.assert_array_equal(first["retrieval"], np.load(files[0])["retrieval"])
+    assert [json.loads(files[n].read_text())["subject"] for n in (1, 4)] == [[1], [0]]
+    assert [json.loads(files[n].read_text())["subject_known"] for n in (1, 4)] == [True, False]
+    with pytest.raises(UserError, match=r"nobody called 'zoe' was trained on; the people are ann, eve\.npz"):
+        meg_decoding.apply(run_dir, [npz(tmp_path / "z.npz", subject=np.array(["zoe"] * 24))], tmp_path / "3")
+
+
 def test_apply_streams_a_continuous_fif(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     mne = pytest.importorskip("mne")
     info = mne.pick_info(mne.channels.read_meg_canonical_info("ctf275", verbose="ERROR"), list(range(0, 274, 30)))
@@ -119,6 +139,8 @@ def test_apply_streams_a_continuous_fif(done: tuple[Path, dict[str, Any]], tmp_p
     assert len(told["steps"]) > 50
     assert told["steps"][1]["time"] - told["steps"][0]["time"] == pytest.approx(1 / 40, abs=1e-3)
     assert all(step["milliseconds"] > 0 for step in told["steps"])
+    window = (32 - 4) / 40  # of the 33 samples five lie before the onset
+    assert all(step["latency"] >= window + step["milliseconds"] / 1000 - 1e-3 for step in told["steps"])
 
 
 def test_recordings_and_latents_of_a_vision_model(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 ``meg:subject1-epo.fif`` or ``meg:data/*-epo.fif`` (each file is one recording, of one subject). ``.npz`` files hold
 ``signal`` ``(N, C, T)`` and any of ``times`` or ``rate`` and ``start``, ``positions`` ``(C, 2)``, ``subject``,
-``label``, ``latent`` ``(N, F)``, ``stimulus``, ``image`` (paths, or uint8 ``(N, 3, H, W)``). Epochs may carry the same
-names as columns of their metadata. In Python, :func:`from_epochs` takes an ``mne.Epochs`` object.
+``label``, ``latent`` ``(N, F)``, ``stimulus``, ``image`` (paths, or uint8 ``(N, 3, H, W)``) and ``split`` (train, val
+or test). Epochs may carry the same names as columns of their metadata. Subjects, labels and stimuli may be words; those
+of several files are numbered together. In Python, :func:`from_epochs` takes an ``mne.Epochs`` object.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from isthmus.codec import UserError
 from isthmus.data.dataset import Memory, pick_needs
-from isthmus.data.splits import divide, row_fractions
+from isthmus.data.splits import PARTS, divide, row_fractions
 
 SUFFIXES = (".fif", ".fif.gz", ".npz", ".npy")
 MISSING = -0.1  # both coordinates of a sensor that is not there
-_EXTRAS = ("subject", "label", "latent", "stimulus", "image", "low")
+_EXTRAS = ("subject", "label", "latent", "stimulus", "image", "low", "split")
+_NUMBERED = ("subject", "label", "stimulus")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Recording:
         positions: ``(C, 2)`` in [0, 1]; (-0.1, -0.1) where a sensor's place is unknown.
         columns: what is known of every trial: label, latent, stimulus, image, subject.
         classes: names of the labels.
+        words: what the numbers of a column stand for, where it held words.
         continuous: the whole is one stretch of time and not trials.
     """
 
@@ -48,6 +51,7 @@ class Recording:
     positions: Tensor
     columns: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     continuous: bool = False
 
     @property
@@ -111,9 +115,8 @@ def from_epochs(epochs: Any) -> Recording:
     """An ``mne.Epochs`` object; its magnetometers and gradiometers, or its EEG where it has none.
 
     Sensors that MNE's layout does not know get the missing place. Event names become labels; the metadata's columns
-    ``stimulus``, ``image``, ``subject`` and ``latent`` are taken along.
+    ``stimulus``, ``image``, ``subject``, ``latent`` and ``split`` are taken along.
     """
-
     picks = _picks(epochs.info)
     signal = torch.tensor(epochs.get_data(picks=picks, copy=False), dtype=torch.float32)
     names = {code: name for name, code in epochs.event_id.items()}
@@ -121,12 +124,14 @@ def from_epochs(epochs: Any) -> Recording:
     columns: dict[str, Any] = {"label": torch.tensor([classes.index(names[code]) for code in epochs.events[:, 2]])}
     if epochs.metadata is not None:
         columns |= {name: epochs.metadata[name].tolist() for name in _EXTRAS if name in epochs.metadata}
+    numbered, words = _columns(columns, len(signal), "the epochs")
     return Recording(
         _scaled(signal),
         torch.tensor(epochs.times, dtype=torch.float32),
         sensor_positions(epochs.info, picks),
-        _columns(columns, len(signal), "the epochs"),
-        tuple(classes),
+        numbered,
+        words.setdefault("label", tuple(classes)),
+        words,
     )
 
 
@@ -225,13 +230,19 @@ def _read_arrays(path: Path, kind: str) -> Recording:
         )
     extras = {name: arrays[name] for name in _EXTRAS if name in arrays}
     classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
-    columns = _columns(extras, count, str(path))
-    return Recording(torch.as_tensor(signal, dtype=torch.float32), times, positions, columns, classes)
+    columns, words = _columns(extras, count, str(path))
+    if classes is not None and "label" in columns and "label" not in words:
+        if not 0 <= int(columns["label"].min()) <= int(columns["label"].max()) < len(classes):
+            raise UserError(f"{path}: classes has {len(classes)} names, which is too few for its labels.")
+        words["label"] = classes
+    signal = torch.as_tensor(signal, dtype=torch.float32)
+    return Recording(signal, times, positions, columns, words.get("label", classes), words)
 
 
-def _columns(given: Mapping[str, Any], count: int, where: str) -> dict[str, Any]:
-    """Numbers as tensors, words as lists; each with an entry for every trial."""
+def _columns(given: Mapping[str, Any], count: int, where: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Numbers as tensors, words as lists, each with an entry for every trial; and the words that became numbers."""
     columns: dict[str, Any] = {}
+    words: dict[str, tuple[str, ...]] = {}
     for name, values in given.items():
         array = np.asarray(values)
         if array.ndim == 0:
@@ -244,13 +255,16 @@ def _columns(given: Mapping[str, Any], count: int, where: str) -> dict[str, Any]
             columns[name] = torch.as_tensor(np.stack([np.asarray(row, np.float32) for row in array]))
         else:
             columns[name] = torch.as_tensor(array)
-    for name in ("subject", "label", "stimulus"):
+    for name in _NUMBERED:
         if isinstance(columns.get(name), list):
-            words = sorted(set(columns[name]))
-            columns[name] = torch.tensor([words.index(word) for word in columns[name]])
+            words[name] = tuple(sorted(set(columns[name])))
+            place = {word: number for number, word in enumerate(words[name])}
+            columns[name] = torch.tensor([place[word] for word in columns[name]])
         elif name in columns:
             columns[name] = columns[name].long()
-    return columns
+    if unknown := set(columns.get("split", ())) - set(PARTS):
+        raise UserError(f"{where}: split says {sorted(map(str, unknown))[0]!r}; it may say {', '.join(PARTS)}.")
+    return columns, words
 
 
 def _scaled(signal: Tensor) -> Tensor:
@@ -264,20 +278,37 @@ class Recordings(Memory):
 
     Attributes:
         times, rate, layout: of the windows; the layout of the first file.
+        people: names of the subjects: the words, or the files where these say nothing.
     """
 
-    def __init__(self, name: str, data: dict[str, Any], columns: Sequence[str], first: Recording) -> None:
+    def __init__(
+        self,
+        name: str,
+        data: dict[str, Any],
+        columns: Sequence[str],
+        first: Recording,
+        people: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__(name, data, columns, first.classes)
-        self.times, self.rate, self.layout = first.times, first.rate, first.positions
+        self.times, self.rate, self.layout, self.people = first.times, first.rate, first.positions, people
 
 
 def load(
-    split: str, needs: Sequence[str], seed: int, *, path: str, start: str = "-0.5", stop: str = "1.0", name: str = "meg"
+    split: str,
+    needs: Sequence[str],
+    seed: int,
+    *,
+    path: str,
+    start: str = "-0.5",
+    stop: str = "1.0",
+    rate: str = "",
+    name: str = "meg",
 ) -> Recordings:
     """Trials of every file that ``path`` (a file, a folder or a pattern) names; each file is a subject unless it says.
 
-    A tenth of the trials each, by a hash of their numbers, is for ``val`` and ``test``. Files with fewer sensors are
-    padded with missing ones; all are brought to the times of the first.
+    Where the files do not say by ``split``, a tenth each is for ``val`` and ``test``, by a hash of the stimuli, so that
+    none of them is met on both sides, or of the trials where stimuli are unknown. Files with fewer sensors are padded
+    with missing ones; all are brought to the times of the first, at ``rate`` samples a second where it is given.
     """
     files = sorted(glob.glob(path)) or [path]
     if os.path.isdir(path):
@@ -285,13 +316,23 @@ def load(
     if not files:
         raise UserError(f"{name}: the folder {path} holds no {', '.join(SUFFIXES)}.")
     try:
-        window = float(start), float(stop)
+        window, hertz = (float(start), float(stop)), float(rate or 0)
     except ValueError as error:
-        raise UserError(f"{name}: start and stop are seconds, got {start!r} and {stop!r}.") from error
+        told = f"got {start!r}, {stop!r} and {rate!r}"
+        raise UserError(f"{name}: start and stop are seconds, rate samples a second; {told}.") from error
+    if not window[0] < window[1] or not 0 <= hertz < float("inf"):
+        raise UserError(f"{name}: start must lie before stop and rate be above 0, got {start}, {stop} and {rate}.")
     found = [read(file, *window) for file in files]
     for file, recording in zip(files, found, strict=True):
         if recording.continuous:
             raise UserError(f"{file} is continuous and has no events to cut trials at; give epochs.")
+    first = found[0]
+    if hertz:
+        begin, end = float(first.times[0]), float(first.times[-1])
+        first = first.at(begin + torch.arange(int((end - begin) * hertz + 1e-4) + 1) / hertz)
+    found, people = _together(name, [first, *found[1:]])
+    if all("subject" not in recording.columns for recording in found):
+        people = tuple(Path(file).name for file in files)
     first = found[0]
     found = [first, *(other.at(first.times) for other in found[1:])]
     sensors = max(r.signal.shape[1] for r in found)
@@ -309,10 +350,38 @@ def load(
             columns.setdefault(column, []).append(values)
     whole = {c: _joined(parts) for c, parts in columns.items() if len(parts) == len(found)}
     asked = pick_needs(name, needs, tuple(whole))
-    chosen = divide([None] * len(whole["signal"]), split, row_fractions(name, len(whole["signal"])))
+    trials, told = len(whole["signal"]), whole.get("split")
+    if told is None and "split" in columns:
+        raise UserError(f"{name}: some files say which split their trials are of and others do not; let all say it.")
+    kinds = whole["stimulus"].unique() if told is None and "stimulus" in whole else torch.empty(0)
+    if len(kinds) >= 3:  # a part of its own for each
+        own = divide([None] * len(kinds), split, row_fractions(name, len(kinds)))
+        chosen = torch.isin(whole["stimulus"], kinds[torch.as_tensor(own)]).nonzero()[:, 0].numpy()
+    else:
+        chosen = divide(told or [None] * trials, split, row_fractions(name, trials))
     rows = torch.as_tensor(chosen)
     data = {c: whole[c][rows] if isinstance(whole[c], Tensor) else [whole[c][i] for i in chosen] for c in asked}
-    return Recordings(name, data, tuple(whole), first)
+    return Recordings(name, data, tuple(whole), first, people)
+
+
+def _together(name: str, found: Sequence[Recording]) -> tuple[list[Recording], tuple[str, ...] | None]:
+    """Number the words of all recordings as one list, and name the subjects where they are words."""
+    found, people = list(found), None
+    for column in _NUMBERED:
+        lists = [r.words.get(column) for r in found if column in r.columns]
+        words = [each for each in lists if each is not None]
+        if not words:
+            continue
+        if len(words) < len(lists):
+            raise UserError(f"{name}: {column} is words in some files and numbers in others; use one kind.")
+        union = words[0] if len(set(words)) == 1 else tuple(sorted(set().union(*words)))
+        for place, r in enumerate(found):
+            if column in r.columns:
+                moved = torch.tensor([union.index(word) for word in r.words[column]])[r.columns[column]]
+                classes = union if column == "label" else r.classes
+                found[place] = replace(r, columns={**r.columns, column: moved}, classes=classes)
+        people = union if column == "subject" else people
+    return found, people
 
 
 def _joined(parts: list[Any]) -> Any:

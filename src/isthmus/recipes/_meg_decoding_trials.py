@@ -37,6 +37,7 @@ class Trials:
         label: int64 ``(N,)``, ``low``: ``(N, L)``, ``image``: uint8 ``(N, 3, H, W)``, where the source has them.
         names: of the labels.
         geometry: of simulated sensors.
+        people: names of the subjects, where the source has them.
     """
 
     signal: Tensor
@@ -50,6 +51,7 @@ class Trials:
     image: Tensor | None = None
     names: tuple[str, ...] | None = None
     geometry: str = ""
+    people: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.signal)
@@ -155,6 +157,7 @@ def read(
         image,
         None if dataset.classes is None else tuple(dataset.classes),
         getattr(dataset, "geometry", ""),
+        getattr(dataset, "people", None),
     )
 
 

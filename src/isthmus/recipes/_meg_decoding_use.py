@@ -77,13 +77,15 @@ def apply(run_dir: Path, inputs: Sequence[Path], out: Path) -> list[Path]:
     for path in inputs:
         try:
             recording = read_recording(path, float(kept.times[0]), float(kept.times[-1]))
-            made = _streamed(kept, recording) if recording.continuous else _decoded(kept, recording)
+            subject, known = _subjects(kept, recording, path.name)
+            made = (_streamed if recording.continuous else _decoded)(kept, recording, subject)
         except ValueError as error:
             refused.append(f"{path.name}: {error}")
             continue
         out.mkdir(parents=True, exist_ok=True)
         stem = path.name.partition(".")[0]
         arrays, told, figure = made
+        told |= {"subject": sorted(set(subject.tolist())), "subject_known": known}
         buffer, picture = io.BytesIO(), io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         figure.savefig(picture, format="png", dpi=110)
@@ -106,18 +108,33 @@ def apply(run_dir: Path, inputs: Sequence[Path], out: Path) -> list[Path]:
     return written
 
 
-def _subjects(kept: Kept, recording: Recording) -> Tensor:
-    """Who was recorded: as the file says; the first person, or anybody, where it says nothing."""
-    count = len(recording.signal)
-    if "subject" in recording.columns:
-        return recording.columns["subject"]
+def _subjects(kept: Kept, recording: Recording, file: str) -> tuple[Tensor, bool]:
+    """Who was recorded ``(N,)``, and whether that is known: as the file says, or its name where it was trained on; the
+    first person, or anybody, else.
+
+    Raises:
+        UserError: a name that nobody had in training.
+    """
+    count, people = len(recording.signal), kept.about.get("people") or []
     anybody = bool(kept.codec.encoder.subject_dropout)
-    return torch.full((count,), -1 if anybody else 0)
+    if "subject" in recording.words:
+        names = recording.words["subject"]
+        if (strange := [name for name in names if name not in people]) and not anybody:
+            raise UserError(
+                f"nobody called {strange[0]!r} was trained on; the people are {', '.join(people) or 'nameless'}."
+            )
+        places = torch.tensor([people.index(name) if name in people else -1 for name in names])
+        return places[recording.columns["subject"]], not strange
+    if "subject" in recording.columns:
+        return recording.columns["subject"], True
+    if file in people:
+        return torch.full((count,), people.index(file)), True
+    return torch.full((count,), -1 if anybody else 0), kept.subjects == 1
 
 
-def _decoded(kept: Kept, recording: Recording) -> tuple[dict[str, Any], dict[str, Any], Figure]:
+def _decoded(kept: Kept, recording: Recording, subject: Tensor) -> tuple[dict[str, Any], dict[str, Any], Figure]:
     recording = recording.at(kept.times)
-    signal, subject = recording.signal, _subjects(kept, recording)
+    signal = recording.signal
     if bool((kept.times < 0).any()):
         signal = baseline(signal, kept.times)
     signal = kept.scale_for(signal, subject)
@@ -174,7 +191,7 @@ def _build_up(kept: Kept, trials: Trials, final: Tensor) -> Figure:
     return figure
 
 
-def _streamed(kept: Kept, recording: Recording) -> tuple[dict[str, Any], dict[str, Any], Figure]:
+def _streamed(kept: Kept, recording: Recording, subject: Tensor) -> tuple[dict[str, Any], dict[str, Any], Figure]:
     """A continuous recording without events, as a stream: an answer every 25 ms or every sample, what is slower."""
     rate = 1 / float(kept.times[1] - kept.times[0])
     samples = int((recording.times[-1] - recording.times[0]) * rate)
@@ -185,15 +202,19 @@ def _streamed(kept: Kept, recording: Recording) -> tuple[dict[str, Any], dict[st
     same = recording.at(float(recording.times[0]) + torch.arange(samples) / rate)
     scale = RobustScale(same.signal.shape[1]).fit(same.signal)
     before = int((kept.times < 0).sum())
-    subject = int(_subjects(kept, same)[0])
+    stride = max(1, round(rate * 0.025))
     decoder = StreamingDecoder(
-        kept.codec, scale, rate, len(kept.times), before, max(1, round(rate * 0.025)), subject, same.positions
+        kept.codec, scale, rate, len(kept.times), before, stride, int(subject[0]), same.positions
     )
-    packet = max(1, round(rate * 0.025))
-    steps = [step for part in same.signal[0].split(packet, dim=1) for step in decoder.push(part)]
+    steps = [step for part in same.signal[0].split(stride, dim=1) for step in decoder.push(part)]
     retrieval = torch.cat([step.latents.retrieval for step in steps])
     told = [
-        {"time": round(step.time, 4), "milliseconds": round(step.milliseconds, 3), **entry}
+        {
+            "time": round(step.time, 4),
+            "milliseconds": round(step.milliseconds, 3),
+            "latency": round(step.latency, 4),
+            **entry,
+        }
         for step, entry in zip(steps, _best(kept, retrieval), strict=True)
     ]
     arrays = {"retrieval": retrieval.numpy(), "times": np.array([step.time for step in steps])}

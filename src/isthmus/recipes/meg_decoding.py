@@ -94,18 +94,21 @@ class Config:
     """Training of the convnet."""
     painting: Training = Training(steps=400, batch_size=64, lr=5e-3, warmup_steps=20)
     """Training of the small conditional decoder."""
+    stride: float = 0.05
+    """Seconds between two of the sliding windows of 0.1 s."""
     k: int = 5
     """Candidates that may come first in retrieval."""
 
     @classmethod
     def paper(cls) -> Config:
-        """The retrieval model on THINGS-MEG, as epochs of -0.5 to 1 s at 120 Hz in .fif files under things-meg/.
+        """The retrieval model on THINGS-MEG, as epochs of -0.5 to 1 s in .fif files under things-meg/, one a person,
+        whose metadata tell ``image``, ``stimulus`` and ``split``; they are brought to 120 Hz.
 
         6,424,472 parameters with four people, 272 sensors and 768 features. Training stops when the loss of validation
         has not fallen for ten epochs, and the best epoch's weights are kept.
         """
         return cls(
-            data="meg:things-meg",
+            data="meg:things-meg?rate=120",
             evoked="",
             timed="",
             encoder="timm:vit_large_patch14_clip_224.openai",
@@ -114,6 +117,7 @@ class Config:
             hidden=320,
             channels=2048,
             noise=0.0,
+            stride=0.025,
             training=Training(
                 epochs=50,
                 batch_size=128,
@@ -128,6 +132,8 @@ class Config:
 
 def run(config: Config, run: Run) -> None:
     """Train, compare with ridges, decode over time and from a stream, draw, and keep what ``apply`` needs."""
+    if not config.stride > 0 or config.k < 1:
+        raise UserError(f"--stride must be above 0 and --k at least 1, got {config.stride} and {config.k}.")
     simulated = config.data.partition("?")[0] == "brain"
     train, test = (_read(config, run, config.data, split) for split in ("train", "test"))
     val = _read(config, run, config.data, "val")
@@ -283,8 +289,8 @@ def _over_time(config: Config, run: Run, simulated: bool, train: Trials, test: T
     scale = RobustScale(train.signal.shape[1], int(train.subject.max()) + 1).fit(train.signal, train.subject)
     train, test = train.scaled(scale), test.scaled(scale)
     kinds = {"low": "low", "semantic": "latent"} if train.low is not None else {"latent": "latent"}
-    course = courses.sliding(train, test, kinds)
-    grown = courses.growing(train, test, kinds)
+    course = courses.sliding(train, test, kinds, stride=config.stride)
+    grown = courses.growing(train, test, kinds, 2 * config.stride)
     run.figure("course", courses.draw(course, grown), "When features can be decoded, by windows of 100 ms (lines).")
     for name, scores in course.scores.items():
         run.metric(f"best_{name}", max(scores))
@@ -389,6 +395,7 @@ def _keep(
             "recordings": len(scale.centre),
             "channels": scale.centre.shape[1],
             "names": None if train.names is None else list(train.names),
+            "people": None if train.people is None else list(train.people),
             "course": dict(course),
         }
         write_atomically(folder / use.ABOUT, json.dumps(about, indent=1).encode())
