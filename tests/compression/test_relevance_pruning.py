@@ -45,6 +45,7 @@ def test_networks_of_timm_shrink_save_and_load(name: str, tmp_path: Path) -> Non
     save_pruned(small, tmp_path / "small.safetensors")
     loaded = load_pruned(tmp_path / "small.safetensors")
     torch.testing.assert_close(loaded(x), small.model.eval()(x))
+    assert loaded.num_features == loaded.forward_features(x).shape[1]  # type: ignore[operator]
 
 
 class Sums(nn.Module):
@@ -213,6 +214,10 @@ def test_the_hidden_units_of_a_transformer_can_go() -> None:
     small = compress(model, x, [(x, label)], keep=0.5, step=0.5, layers=hidden)
     assert small.model.blocks[0].mlp.fc1.out_features + small.model.blocks[1].mlp.fc1.out_features == 192  # type: ignore
     assert small.model.blocks[0].attn.qkv.out_features == 144  # type: ignore
+    narrow: Any = compress(model, x, [(x, label)], keep=0.5, step=0.5).model
+    assert narrow.embed_dim == narrow.num_features == narrow.forward_features(x).shape[-1] < 48
+    narrow.reset_classifier(7)
+    assert narrow(x).shape == (5, 7)
 
 
 def test_the_result_exports(tmp_path: Path) -> None:

@@ -88,6 +88,25 @@ def test_a_persons_own_network_is_pruned_and_fine_tuned(tmp_path: Path) -> None:
     assert {"finetune_relevance_1", "finetune_relevance_2"} <= {curve.split("/")[0] for curve in report["curves"]}
 
 
+def test_the_built_in_network_keeps_its_stream_and_a_persons_own_does_not() -> None:
+    network = create_timm("cifar_resnet20", num_classes=3)
+    own = Config(data="digits", model="timm:cifar_resnet20")
+    assert {name.rpartition(".")[2] for name in lrp_pruning._layers(Config(), network)} == {"conv1"}
+    assert len(lrp_pruning._layers(own, network)) == 19
+    assert lrp_pruning._layers(Config(layers="linear"), network) == ["head.classifier"]
+
+
+def test_the_papers_networks_have_its_stem_and_its_number_of_filters() -> None:
+    for name, filters, parameters in (("resnet18_cifar", 4800, 11_173_962), ("resnet50_cifar", 26_560, 23_520_842)):
+        with torch.device("meta"):
+            network = create_timm(name, num_classes=10)
+        convs = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+        assert sum(conv.out_channels for conv in convs) == filters
+        assert sum(p.numel() for p in network.parameters()) == parameters
+        assert network.forward_features(torch.zeros(1, 3, 32, 32, device="meta")).shape[-2:] == (4, 4)
+    assert Config.paper().model == "timm:resnet50_cifar"
+
+
 def test_wrong_settings_are_told(tmp_path: Path) -> None:
     wrong: dict[str, dict[str, Any]] = {
         "needs the name of its network": {"checkpoint": "x.safetensors"},
@@ -96,6 +115,15 @@ def test_wrong_settings_are_told(tmp_path: Path) -> None:
         "all three sets": {"data": "planar:moon"},
         "--keep must lie between 0 and 1": {"keep": 1.5},
         "must be 1 or more": {"references": 0},
+        "width must be 1": {"width": 0},
+        "--floor must be 0 or more": {"floor": -1},
+        "--layers is auto": {"layers": "magic"},
+        "must be 0 or more": {"size": -8},
+        r"does not take pictures of 30×30 pixels .* give --size": {
+            "data": "digits",
+            "model": "timm:vit_tiny_patch16_224",
+            "size": 30,
+        },
         "there are no rules": {"composite": "magic"},
         "no criterion 'magnitude'": {"criterion": "magnitude"},
         "there is no checkpoint": {"data": "digits", "model": "timm:resnet18", "checkpoint": "none.safetensors"},

@@ -24,6 +24,7 @@ _NUMBERS = (
     "num_groups",
     "normalized_shape",
     "head_hidden_size",
+    "embed_dim",
     "channels",
     "zeros_before",
     "zeros_after",

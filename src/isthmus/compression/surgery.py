@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,6 +85,7 @@ class Surgery:
         self.layers = all_layers if layers is None else list(layers)
         self.left = {name: torch.arange(_width(dict(model.named_modules())[name])) for name in all_layers}
         self.groups: list[Group] = []
+        self._told = _told(model, self.example)
         self._graph = _graph(model, self.example)
         found = self._find(_answering(model, self.example))
         self.groups = self._tried(found)
@@ -143,10 +144,11 @@ class Surgery:
             self._shrink(place, channels)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(frozen[name])
-        _tell_timm(self.model)
         try:
             with _still(self.model), torch.no_grad():
                 self.model(self.example)
+                for name, width in self._told.items():
+                    setattr(self.model, name, width())
         except Exception as error:
             cut = ", ".join(self.groups[place].root for place in chosen)
             raise UserError(
@@ -329,13 +331,23 @@ def _answering(model: nn.Module, example: Tensor) -> set[str]:
     return {name for name, out in outputs if out.untyped_storage().data_ptr() == memory}
 
 
-def _tell_timm(model: Any) -> None:
-    """Models of timm state the width of what their classifier sees."""
+def _told(model: Any, example: Tensor) -> dict[str, Callable[[], int]]:
+    """Widths that models of timm state → how to read them off again: of what the head gets, and of its classifier."""
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
-    if isinstance(head, nn.Linear):
-        for name in ("num_features", "head_hidden_size"):
-            if isinstance(getattr(model, name, None), int):
-                setattr(model, name, head.in_features)
+    if not isinstance(head, nn.Linear):
+        return {}
+    stated = {name: getattr(model, name, None) for name in ("num_features", "embed_dim", "head_hidden_size")}
+    found: dict[str, Callable[[], int]] = {
+        name: lambda: model.get_classifier().in_features for name, width in stated.items() if width == head.in_features
+    }
+    with _still(model), torch.no_grad():
+        maps = model.forward_features(example) if hasattr(model, "forward_features") else None
+    axes = (
+        [a for a in range(1, maps.ndim) if maps.shape[a] == stated["num_features"]] if isinstance(maps, Tensor) else []
+    )
+    if len(axes) == 1:
+        found["num_features"] = lambda: model.forward_features(example).shape[axes[0]]
+    return found
 
 
 def _shape(out: Any) -> Any:

@@ -3,22 +3,28 @@
 Three stages of n basic blocks on 16, 32 and 64 channels after a 3×3 stem; where a stage halves the map, the shortcut
 takes every second place and appends zero channels. ``timm.create_model("cifar_resnet20")`` after
 ``import isthmus.encoders``; the keys of akamaster's published weights load through :func:`from_official`.
+
+``resnet18_cifar`` and ``resnet50_cifar`` are timm's ResNets behind a 3×3 stem that keeps every place, as Yeom et al.
+(arXiv 1912.08881) and many others train them on 32×32 pictures.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from timm.layers import SelectAdaptivePool2d
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock as WideBlock
+from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from isthmus.encoders.stages import NamedStages
 from isthmus.layers.padded_shortcut import PaddedShortcut
 
-__all__ = ["CifarResNet", "from_official"]
+__all__ = ["CifarResNet", "FineStemResNet", "from_official"]
 
 
 class BasicBlock(nn.Module):
@@ -75,6 +81,19 @@ class CifarResNet(NamedStages):
                 nn.init.kaiming_normal_(module.weight)
 
 
+class FineStemResNet(ResNet):
+    """timm's ResNet with a 3×3 stem of stride 1 and no pool in front of its stages; arguments are those of timm."""
+
+    def __init__(self, *args: Any, in_chans: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, in_chans=in_chans, **kwargs)
+        width: Any = self.bn1.num_features
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool = nn.Identity()
+        for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8), strict=True):
+            info["reduction"] = reduction
+
+
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The published state dict (``conv1``, ``layer1.0.conv1``, …, ``linear``) under our names.
 
@@ -119,7 +138,14 @@ def _cfg() -> PretrainedCfg:
     )
 
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in _BLOCKS})
+def _wide_cfg() -> PretrainedCfg:
+    return replace(_cfg(), pool_size=(4, 4), first_conv="conv1", classifier="fc")
+
+
+_WIDE = ("resnet18_cifar", "resnet50_cifar")
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": _wide_cfg() if name in _WIDE else _cfg() for name in (*_BLOCKS, *_WIDE)}
+)
 
 
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
@@ -163,3 +189,17 @@ def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
 def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """110 layers, 1.73 million parameters."""
     return _create("cifar_resnet110", pretrained, **kwargs)
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> FineStemResNet:
+    """ResNet-18 with a fine stem, 11.2 million parameters."""
+    arguments = {"block": WideBlock, "layers": (2, 2, 2, 2), **kwargs}
+    return build_model_with_cfg(FineStemResNet, "resnet18_cifar", pretrained, **arguments)
+
+
+@register_model
+def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> FineStemResNet:
+    """ResNet-50 with a fine stem, 23.5 million parameters."""
+    arguments = {"block": Bottleneck, "layers": (3, 4, 6, 3), **kwargs}
+    return build_model_with_cfg(FineStemResNet, "resnet50_cifar", pretrained, **arguments)

@@ -122,7 +122,7 @@ class Config:
         )
         return cls(
             data="hub:uoft-cs/cifar10?image=img",
-            model="timm:resnet50",
+            model="timm:resnet50_cifar",
             keep=0.1,
             step=0.05,
             composite="resnet",
@@ -301,16 +301,27 @@ def _network(
     mean, std = tuple(made_for.get("mean", shared.IMAGENET[0])), tuple(made_for.get("std", shared.IMAGENET[1]))
     wanted = int(made_for.get("input_size", (3, min(own), min(own)))[-1])
     size = config.size or (wanted if config.checkpoint or config.pretrained else min(own))
-    if config.checkpoint:
-        with torch.no_grad():
-            answers = network(torch.zeros(1, 3, size, size)).shape[-1]
-        if answers != len(classes):
-            raise UserError(f"{config.checkpoint} tells {answers} classes apart, {config.data} has {len(classes)}.")
-    else:
+    answers = _answers(network, name, size)
+    if config.checkpoint and answers != len(classes):
+        raise UserError(f"{config.checkpoint} tells {answers} classes apart, {config.data} has {len(classes)}.")
+    if not config.checkpoint:
         changes = shared.Augmentation(padding=4, flip=True) if config.data != "digits" and size == 32 else None
         transform, _ = shared.transforms(size, len(classes), changes, mean, std)
         shared.train(run, "network", network, train, config.training, transform)
     return network, size, mean, std
+
+
+def _answers(network: nn.Module, name: str, size: int) -> int:
+    """How many classes it tells apart; fails here, with advice, where it cannot see pictures of that size."""
+    mode = network.training
+    try:
+        with torch.no_grad():
+            return network.eval()(torch.zeros(1, 3, size, size)).shape[-1]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{name} does not take pictures of {size}×{size} pixels ({reason}); give --size.") from error
+    finally:
+        network.train(mode)
 
 
 def _layers(config: Config, network: nn.Module) -> list[str]:
@@ -414,8 +425,12 @@ def _check(config: Config) -> None:
         raise UserError(f"--data planar runs all three sets of the plane; leave out the rest of {config.data!r}.")
     if not 0 < config.keep < 1 or not 0 < config.step <= 1:
         raise UserError(f"--keep must lie between 0 and 1 and --step too, got {config.keep} and {config.step}.")
-    if config.references < 1 or config.draws < 1 or not config.shots or min(config.shots) < 1:
-        raise UserError("references, draws and shots must be 1 or more.")
+    if config.references < 1 or config.draws < 1 or not config.shots or min(config.shots) < 1 or config.width < 1:
+        raise UserError("references, draws, shots and width must be 1 or more.")
+    if config.size < 0 or config.test_images < 0 or config.floor < 0:
+        raise UserError("--size, --test-images and --floor must be 0 or more.")
+    if config.layers not in ("auto", "conv", "linear", "all"):
+        raise UserError(f"--layers is auto, conv, linear or all, got {config.layers!r}.")
     for name in (config.composite, config.plane_composite):
         if name not in COMPOSITES:
             raise UserError(f"there are no rules {name!r}; there are {', '.join(COMPOSITES)}.")
