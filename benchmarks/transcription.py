@@ -151,7 +151,7 @@ def run(name: str, doc: str | None, parts: Mapping[str, Callable[[int, Settings]
         parts: name → function of (batch, settings) → cases.
     """
     parser = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
-    parser.add_argument("--only", choices=tuple(parts))
+    parser.add_argument("--only", nargs="+", choices=tuple(parts))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
@@ -165,7 +165,7 @@ def run(name: str, doc: str | None, parts: Mapping[str, Callable[[int, Settings]
     rows: dict[str, dict[str, Any]] = {}
     for batch in options.batches:
         for part, cases in parts.items():
-            if options.only in (None, part):
+            if part in (options.only or parts):
                 for case in cases(batch, settings):
                     rows.setdefault(part, {})[f"{case.title}, batch {batch}"] = beside(case, settings)
     if not options.no_record:
