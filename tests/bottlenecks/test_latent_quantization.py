@@ -101,6 +101,18 @@ def test_finite_scalars_are_those_of_the_published_package() -> None:
     assert quantised.shape == code.features[0].shape
 
 
+def test_normalised_scalars_survive_what_all_samples_share() -> None:
+    """A common drift saturates the tanh, and every sample gets the same code; normalised, they stay apart."""
+    z = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 20
+    plain, normalised = FSQ(6, 5)([z]).indices, FSQ(6, 5, normalise=True)([z]).indices
+    assert plain is not None
+    assert normalised is not None
+    assert len(plain.unique(dim=0)) == 1
+    assert len(normalised.unique(dim=0)) > 40
+    with pytest.raises(ValueError, match="single latent"):
+        FSQ(1, 5, normalise=True)
+
+
 def test_gaussian_latents_sample_in_training_and_cost_kl() -> None:
     level = torch.cat([torch.full((3, 2), 1.5), torch.zeros(3, 2)], 1)
     vae = GaussianLatents(2, beta=2.0)

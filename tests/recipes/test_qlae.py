@@ -31,14 +31,14 @@ def ran(folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    every = (*Config().arms, "qlae_global_table", "qlae_frozen_tables", "gan")
+    every = (*Config().arms, "fsq_normalised", "qlae_global_table", "qlae_frozen_tables", "gan")
     return ran(tmp_path_factory.mktemp("qlae"), replace(SMALL, arms=every, measured=90))
 
 
 def test_every_arm_is_scored_and_drawn(finished: tuple[Path, dict[str, Any]]) -> None:
     metrics = {name: entry["value"] for name, entry in finished[1]["metrics"].items()}
     drawn = {figure["name"] for figure in finished[1]["figures"]}
-    for arm in ("qlae", "ae", "ae_with_decay", "vae", "tcvae", "fsq", "qlae_global_table", "gan"):
+    for arm in ("qlae", "ae", "ae_with_decay", "vae", "tcvae", "fsq", "fsq_normalised", "qlae_global_table", "gan"):
         assert metrics[f"psnr_{arm}"] > 0
         assert 0 <= metrics[f"infoe_{arm}"] <= 1
         assert f"traversal_{arm}" in drawn

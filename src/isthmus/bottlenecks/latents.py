@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus.codec import Code, part
@@ -141,24 +142,38 @@ class FSQ(nn.Module):
         latents: L.
         values: levels V of every latent, or one number for each.
         channels: as of :class:`isthmus.bottlenecks.latent_quantization.LatentQuantization`.
+        normalise: bring the latents of a sample to mean 0 and deviation 1 before the tanh. Nothing
+            else holds them back: where all samples first want the same, they run into its flat ends and stay there.
 
     Shapes: as of LatentQuantization; what passes lies in [-1, 1].
+
+    Raises:
+        ValueError: too few latents or levels; a level of another width.
     """
 
     levels: Tensor
 
-    def __init__(self, latents: int, values: int | Sequence[int] = 10, channels: int | None = None) -> None:
+    def __init__(
+        self,
+        latents: int,
+        values: int | Sequence[int] = 10,
+        channels: int | None = None,
+        normalise: bool = False,
+    ) -> None:
         super().__init__()
         sizes = [values] * latents if isinstance(values, int) else list(values)
         if latents < 1 or len(sizes) != latents or min(sizes) < 2:
             raise ValueError(f"give at least one latent and, for each, at least two levels; got {latents}, {values}.")
-        self.latents, self.sizes, self.num_codes = latents, sizes, max(sizes)
+        if normalise and latents < 2:
+            raise ValueError("a single latent that is normalised is always 0; give two or more, or normalise=False.")
+        self.latents, self.sizes, self.num_codes, self.normalise = latents, sizes, max(sizes), normalise
         self.head = LatentHead(latents, channels)
         self.register_buffer("levels", torch.tensor(sizes), persistent=False)
 
     def forward(self, features: list[Tensor]) -> Code:
         """Round the last level."""
         z = self.head(features[-1])
+        z = F.layer_norm(z, (self.latents,)) if self.normalise else z
         # tanh spreads over half a step more than the outer levels on either side, so that these are reached.
         half = (self.levels - 1) / 2 * 1.001
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)

@@ -36,6 +36,7 @@ Arm = Literal[
     "vae",
     "tcvae",
     "fsq",
+    "fsq_normalised",
     "qlae_global_table",
     "qlae_frozen_tables",
     "gan",
@@ -209,8 +210,8 @@ def _bottleneck(arm: Arm, sizes: Sizes, channels: int | None, samples: int) -> n
         # The reconstruction is a mean over pixels, so KL is divided by their number: β has its usual meaning.
         scale = 3 * sizes.size**2
         return GaussianLatents(sizes.latents, sizes.beta, channels, arm == "tcvae", samples, scale)
-    if arm == "fsq":
-        return FSQ(sizes.latents, sizes.values, channels)
+    if arm in ("fsq", "fsq_normalised"):
+        return FSQ(sizes.latents, sizes.values, channels, arm == "fsq_normalised")
     kind = {"learned": arm != "qlae_frozen_tables", "shared": arm == "qlae_global_table"}
     return LatentQuantization(sizes.latents, sizes.values, channels, **kind)
 

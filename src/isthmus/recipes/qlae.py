@@ -68,7 +68,7 @@ class Config:
     values: int = 6
     """Values V of every latent."""
     arms: tuple[Arm, ...] = ("qlae", "qlae_without_decay", "ae_with_decay", "ae", "vae", "tcvae", "fsq")
-    """What is trained; the first is kept. Also: qlae_global_table, qlae_frozen_tables, gan."""
+    """What is trained; the first is kept. Also: fsq_normalised, qlae_global_table, qlae_frozen_tables, gan."""
     decay: float = 0.1
     """Weight decay of arms that have one; the others have none."""
     beta: float = 4.0
