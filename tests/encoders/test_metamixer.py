@@ -317,6 +317,7 @@ def test_any_mixer_stands_in_the_pyramid() -> None:
         (lambda: MixerNet(lambda d, _: nn.Identity(), stem_stride=0), "stem_stride 0"),
         (lambda: tiny()(image(channels=4)), "(2, 4, 64, 64); this network takes (B, 3, H, W)"),
         (lambda: tiny().forward_intermediates(image(), output_fmt="NLC"), "'NLC'"),
+        (lambda: tiny("metamixer_ffnet_seg").reset_classifier(3, "catavgmax"), "'catavgmax' does not give the 1024"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, message: str) -> None:

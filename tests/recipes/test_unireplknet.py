@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -164,6 +165,27 @@ def test_sounds_of_any_rate_and_depth_are_read(tmp_path: Path) -> None:
     for name, message in (("nan", "finite numbers"), ("short", "40 samples at 2000 a second; one moment takes 50")):
         with pytest.raises(Unreadable, match=message):
             files.read_file("audio", TINY.audio, [2000], tmp_path / f"{name}.wav")
+
+
+def test_a_users_sounds_are_learnt_from_wav_files_of_any_length(tmp_path: Path) -> None:
+    """Tables hold sounds as files; broken ones are left out."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(24):
+        wavfile.write(tmp_path / "x.wav", 4000, rng.integers(-9000, 9000, 2000 + 300 * i).astype(np.int16))
+        rows.append({"audio": (tmp_path / "x.wav").read_bytes() if i != 3 else b"fLaC", "label": i % 2})
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "words.parquet")
+    audio = AudioTask(f"parquet:{tmp_path}/words.parquet", BRIEF, rate=2000, bands=16, frames=32, hop=0.03)
+    config = dataclasses.replace(TINY, tasks=("audio",), audio=audio, train_split="all", eval_split="all", twin=0)
+    (train, _) = unireplknet._sources(config, "audio", 0)
+    length = 50 + 31 * 60
+    assert len(train) == 24
+    assert train[0]["audio"].shape == train[20]["audio"].shape == (length,)
+    assert train[0]["audio"][1000:].abs().max() == 0, "half a second, then silence"
+    assert train[20]["audio"][1000:].abs().max() > 0
+    with Run.quick(tmp_path / "run", name="unireplknet", config=config) as run:
+        unireplknet.run(config, run)
+    out = unireplknet.apply(run.dir, [tmp_path / "x.wav"], tmp_path / "out")
+    assert json.loads(out[0].read_text())[str(tmp_path / "x.wav")]["audio"]["class"] in ("0", "1")
 
 
 def test_forecasts_keep_level_and_spread_of_what_was_seen() -> None:

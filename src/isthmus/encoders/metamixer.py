@@ -364,7 +364,10 @@ class TwoLayerHead(nn.Module):
     def reset(self, num_classes: int, pool_type: str | None = None, **_: Any) -> None:
         """timm's: a new classifier on the device and in the dtype of the head."""
         if pool_type is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
+            pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
+            if pool.feat_mult() != 1 or not pool_type:
+                raise ValueError(f"pooling {pool_type!r} does not give the 1024 features that this head reads.")
+            self.global_pool = pool
         layer = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.fc = layer.to(self.hidden.weight.device, self.hidden.weight.dtype)
 

@@ -139,7 +139,8 @@ def class_names(*datasets: Dataset) -> list[str]:
             return list(dataset.classes)
     largest = 0
     for dataset in datasets:
-        for batch in evaluation_batches(dataset, _BATCH, transform=CenterCrop(1)):
+        small = CenterCrop(1) if "image" in dataset[0] else None  # pictures may be of any size
+        for batch in evaluation_batches(dataset, _BATCH, transform=small):
             largest = max(largest, int(batch["label"].max()))
     return [str(number) for number in range(largest + 1)]
 

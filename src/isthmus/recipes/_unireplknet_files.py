@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.codec import UserError
-from isthmus.data.dataset import Unreadable
+from isthmus.data.dataset import Dataset, Unreadable
 from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.series import read_csv
 from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize
 from isthmus.recipes._image_classification import IMAGENET
+from isthmus.recipes._unireplknet_tasks import AudioTask
 
 #: Task → the files that ``apply`` takes for it.
 SUFFIXES = {
@@ -48,7 +49,7 @@ def read_file(name: str, task: Any, shape: Sequence[int], path: Path) -> Tensor:
         wave = read_wav(path.read_bytes(), task.rate)
         if len(wave) < (least := int(task.rate * task.window)):
             raise Unreadable(f"it has {len(wave)} samples at {task.rate} a second; one moment takes {least}")
-        return wave[None]
+        return at_least(wave, shape[0])[None]
     values = _read_array(path) if suffix == ".npy" else _read_table(path)
     if name == "points":
         if values.ndim != 2 or values.shape[1] != 3 or len(values) < 4:
@@ -66,6 +67,37 @@ def read_file(name: str, task: Any, shape: Sequence[int], path: Path) -> Tensor:
     if values.ndim != 2 or values.shape[0] != shape[0] or values.shape[1] < length:
         raise Unreadable(f"a file of {shape[0]} series of at least {length} steps is needed, this is {_told(values)}")
     return values[None, :, -length:]
+
+
+class Sounds(Dataset):
+    """A source whose column ``audio`` holds WAV files, as waveforms of one length: what all frames of a picture hear.
+
+    Shorter ones are silent at the end. What cannot be read is left out and told, as anywhere else.
+    """
+
+    def __init__(self, dataset: Dataset, task: AudioTask) -> None:
+        super().__init__(dataset.name, dataset.columns, dataset.classes)
+        self.dataset, self.task, self.skipped = dataset, task, dataset.skipped
+        self.length = int(task.rate * task.window) + (task.frames - 1) * int(task.rate * task.hop)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> dict[str, Any]:
+        sample = self.dataset.read(index)
+        wave = read_wav(sample["audio"], self.task.rate)
+        return {**sample, "audio": at_least(wave[: self.length], self.length)}
+
+    def identify(self, index: int) -> str:
+        return self.dataset.identify(index)
+
+    def number(self, index: int) -> int:
+        return self.dataset.number(index)
+
+
+def at_least(wave: Tensor, length: int) -> Tensor:
+    """``(L,)`` with silence behind it up to ``length``."""
+    return nn.functional.pad(wave, (0, max(0, length - len(wave))))
 
 
 def read_wav(content: bytes, rate: int) -> Tensor:

@@ -30,7 +30,7 @@ class ImageTask(Task):
 
 @dataclass(frozen=True)
 class AudioTask(Task):
-    """Sound as a log-mel spectrogram, frequency upwards and time to the right."""
+    """Sound as a log-mel spectrogram, frequency upwards, time rightwards; WAV files of tables may differ in length."""
 
     rate: int = 8000
     """Samples a second."""

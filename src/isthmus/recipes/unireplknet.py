@@ -39,7 +39,7 @@ from isthmus.data.local import local
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._unireplknet_files import SUFFIXES, read_file
+from isthmus.recipes._unireplknet_files import SUFFIXES, Sounds, read_file
 from isthmus.recipes._unireplknet_models import make_model, make_objective
 from isthmus.recipes._unireplknet_pictures import draw_answer, draw_forecast, draw_inputs
 from isthmus.recipes._unireplknet_tasks import (
@@ -300,6 +300,8 @@ def _sources(config: Config, name: str, seed: int) -> tuple[Dataset, Dataset]:
     train, held_out = (load(task.data, part, columns, seed) for part in (config.train_split, config.eval_split))
     if config.test_samples and config.test_samples < len(held_out):
         held_out = held_out.select(range(config.test_samples))  # type: ignore[arg-type]
+    if name == "audio" and isinstance(train[0]["audio"], bytes):
+        return Sounds(train, task), Sounds(held_out, task)
     return train, held_out
 
 
