@@ -128,6 +128,30 @@ def test_few_queries_and_used_up_iterators_are_told() -> None:
         made.fit_keys([_draw(20, 12)], 1, "zeros")  # type: ignore[arg-type]
 
 
+def _half_of_two(rank: int, address: str, keys: Tensor, used: Tensor) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    made = _together(_draw(40, 12)[rank::2])
+    torch.testing.assert_close(made.keys.codes, keys)
+    assert torch.equal(made.used, used)
+    torch.distributed.destroy_process_group()
+
+
+def _together(data: Tensor) -> KeyValueBottleneck:
+    torch.manual_seed(0)
+    made = KeyValueBottleneck(Chunk(12, 3), 8, 2, dead=0.0)
+    made.fit_keys([data], 3).freeze_keys()
+    made.lookup(data)
+    return made
+
+
+def test_two_processes_place_the_keys_of_one(tmp_path: Path) -> None:
+    """Each sees half of every batch; keys and counters are those of whoever sees all of it."""
+    whole = _together(_draw(40, 12))
+    arguments = (f"file://{tmp_path}/meeting", whole.keys.codes, whole.used)
+    torch.multiprocessing.spawn(_half_of_two, arguments, nprocs=2)
+
+
 def test_keys_are_placed_by_hand_until_values_depend_on_them() -> None:
     made = KeyValueBottleneck(Chunk(2, 1), 4, 3)
     grid = torch.cartesian_prod(torch.tensor([0.25, 0.75]), torch.tensor([0.25, 0.75]))
