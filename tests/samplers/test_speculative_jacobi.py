@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -145,6 +146,24 @@ def test_rows_end_at_end_tokens_inside_a_window() -> None:
     assert sum(lengths) / 300 == pytest.approx(float(plain.lengths.float().mean()), abs=0.6)
 
 
+def test_rows_that_have_ended_are_fed_tokens_that_the_model_knows() -> None:
+    """As in Janus, whose prompt is text and whose image tokens have a vocabulary of their own."""
+    model = chain()
+
+    def images_only(inputs: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Any]:
+        if cache is not None:
+            assert 0 <= int(inputs.min()) <= int(inputs.max()) < 4
+            return model(inputs, cache, positions, mask)
+        return model(torch.full_like(inputs, 4), cache, positions, mask)
+
+    prompt = torch.full((50, 2), 100016)
+    for decoder in (SpeculativeJacobi(4), SpeculativeJacobi(4, "matching")):
+        drawn = decoder.sample(images_only, prompt, 9, stop=at_any([2]), pad=-100, generator=generator())
+        assert len(set(drawn.lengths.tolist())) > 1
+    drawn = ordinary.sample(images_only, prompt, 9, stop=at_any([2]), pad=-100, generator=generator())
+    assert len(set(drawn.lengths.tolist())) > 1
+
+
 def test_grammar_is_kept_and_forced_tokens_are_never_refused() -> None:
     pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -187,29 +206,40 @@ def test_greedy_decoding_gives_the_tokens_of_generate(guidance: float, start: An
     assert int((torch.stack(ours.advances) > 0).sum()) < 64 * 10, "some passes gave several tokens"
 
 
-def test_guided_and_filtered_windows_have_ordinary_samplings_distribution() -> None:
-    """Two tokens of a tiny Llama with guidance and top-k: all 400 outcomes against exact probabilities."""
+@pytest.mark.parametrize("start", ["random", "repeat_vertical"])
+def test_guided_and_filtered_windows_have_ordinary_samplings_distribution(start: Any) -> None:
+    """Four tokens of a tiny Llama with a cache, guidance, top-k and top-p: all 625 outcomes against their chances."""
     pytest.importorskip("transformers")
+    decoder, sampling = SpeculativeJacobi(3, start=start), Sampling(0.9, 4, 0.95)
+    assert guided_p_value(decoder, sampling) > 0.01
+
+
+@pytest.mark.parametrize("accept", [residual_forgotten, newest_as_draft])
+def test_guided_and_filtered_windows_that_are_almost_right_are_found_out(accept: Any) -> None:
+    pytest.importorskip("transformers")
+    assert guided_p_value(SpeculativeJacobi(3, accept=accept), Sampling(0.9, 4, 0.95)) < 1e-6
+
+
+def guided_p_value(decoder: SpeculativeJacobi, sampling: Sampling) -> float:
     torch.manual_seed(2)
-    network = tiny_llama(20, 1, 16).eval()
+    network = tiny_llama(9, 1, 16).eval()
     network.lm_head.weight.data *= 40
-    model, sampling = CausalModel(network), Sampling(top_k=6, temperature=0.9)
-    guidance = Guidance(1.8, torch.tensor([[2, 7]]))
-    prompt = torch.tensor([[4, 5, 6]])
-
-    def probabilities(after: list[int]) -> Tensor:
-        batch = torch.tensor([[4, 5, 6, *after]]), torch.tensor([[2, 7, *after]])
-        c, u = (model(ids, None, torch.arange(ids.shape[1])[None], None)[0][:, -1:].detach() for ids in batch)
-        return sampling(u + 1.8 * (c - u), torch.zeros(1, 1), prompt)[0, 0].softmax(-1)
-
-    first = probabilities([])
-    exact = torch.stack([first[i] * probabilities([i]) for i in range(20)]).flatten()
-    decoder = SpeculativeJacobi(2)
-    tokens = decoder.sample(
-        model, prompt.expand(5000, -1), 2, sampling, guidance=guidance, generator=generator()
-    ).tokens
-    counts = torch.bincount(tokens[:, 0] * 20 + tokens[:, 1], minlength=400)
-    assert chi_square(counts, exact).p_value > 0.01
+    model, guidance = CausalModel(network), Guidance(1.8, torch.tensor([[2, 7]]))
+    prompt, raster = torch.tensor([[4, 5, 6]]), Raster(2, 2, range(5))
+    sampling = dataclasses.replace(sampling, raster=raster)
+    sequences = torch.cartesian_prod(*[torch.arange(5)] * 4)
+    logits = [
+        model(torch.cat([p.expand(625, -1), sequences], 1), None, None, None)[0] for p in (prompt, guidance.prompt)
+    ]  # type: ignore[union-attr]
+    c, u = (each[:, -5:-1].detach() for each in logits)
+    chances = sampling(u + 1.8 * (c - u), torch.arange(4).expand(625, -1), sequences).softmax(-1)
+    exact = chances.gather(2, sequences[..., None])[..., 0].prod(1)
+    drawn = decoder.sample(model, prompt.expand(8000, -1), 4, sampling, guidance=guidance, generator=generator())
+    assert any(int(each.max()) > 1 for each in drawn.advances), "some guesses stay"
+    number = drawn.tokens @ torch.tensor([125, 25, 5, 1])
+    counts = torch.bincount(number, minlength=625)
+    assert bool((exact[counts > 0] > 0).all()), "what the filters rule out was drawn"
+    return chi_square(counts, exact).p_value
 
 
 def test_half_precision_and_logits_that_are_not_numbers() -> None:

@@ -11,6 +11,7 @@ from isthmus.codec import UserError
 from isthmus.metrics.distributions import chi_square
 from isthmus.priors.tiny_lm import tiny_llama
 from isthmus.samplers import ordinary
+from isthmus.samplers.feed import Guidance
 from isthmus.samplers.ordinary import Sampling
 from isthmus.samplers.raster import Raster
 from isthmus.samplers.speculative_jacobi import SpeculativeJacobi
@@ -41,6 +42,39 @@ def _quiet() -> Any:
 def llama() -> Any:
     torch.manual_seed(0)
     return tiny_llama(40, 2, 32).eval()
+
+
+def chameleon() -> Any:
+    torch.manual_seed(0)
+    images = {f"IMGIMG{letter}Z": 4 + i for i, letter in enumerate("ABCDEFGHIJKLMNOP")}
+    vq = {**VQ, "in_channels": 3, "resolution": 16}
+    config = transformers.ChameleonConfig(**TEXT, vocabulary_map={**images, "<image>": 30}, vq_config=vq)
+    return transformers.ChameleonForConditionalGeneration(config).eval()
+
+
+def emu3() -> Any:
+    torch.manual_seed(0)
+    names = {"<image>": 3, "<|extra_200|>": 4, **{f"<|visual token {i:06d}|>": 10 + i for i in range(16)}}
+    vq = {"codebook_size": 16, "attn_resolutions": [], "hidden_size": 32, "num_attention_heads": 1}
+    vq |= {k: v for k, v in VQ.items() if k != "num_embeddings"} | {"temporal_downsample_factor": 1}
+    config = transformers.Emu3Config(vq_config=vq, text_config=TEXT, vocabulary_map=names)
+    return transformers.Emu3ForConditionalGeneration(config).eval()
+
+
+def janus(codes: int = 20) -> Any:
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
+        "projection_dim": 32, "num_image_tokens": 16, "depth": 1, "hidden_act": "gelu",
+    }  # fmt: skip
+    vq = {**VQ, "double_latent": False, "projection_dim": 32, "image_token_embed_dim": 32, "num_patches": 4}
+    vq["num_embeddings"] = codes
+    config = transformers.JanusConfig(text_config=TEXT, vision_config=vision, vq_config=vq, image_token_id=5)
+    network = transformers.JanusForConditionalGeneration(config).eval()
+    settings = network.generation_config
+    settings.generation_kwargs, settings.guidance_scale = {"boi_token_id": 7}, 3.0
+    settings.pad_token_id, settings.bos_token_id = 0, 1
+    return network
 
 
 def prompts(batch: int = 3, length: int = 5, low: int = 1, high: int = 40) -> torch.Tensor:
@@ -91,23 +125,84 @@ def test_left_padding_several_sequences_a_prompt_and_dictionaries() -> None:
 
 
 def test_samples_have_the_distribution_of_generates_processors() -> None:
+    """Four tokens by windows of three, so that guesses are judged: all sequences against their exact chances."""
     model = llama()
-    model.lm_head.weight.data *= 15
-    ids = prompts(1).expand(4000, -1)
-    faster = custom_generate(SpeculativeJacobi(3))
+    model.lm_head.weight.data *= 7
+    ids, faster = prompts(1), custom_generate(SpeculativeJacobi(3))
     torch.manual_seed(0)
-    given = {"do_sample": True, "top_k": 5, "temperature": 0.8, "max_new_tokens": 2, "pad_token_id": 0}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=faster, **given)[:, 5:]
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), custom_generate=faster, do_sample=True, top_k=5, top_p=0.9,
+        temperature=0.8, suppress_tokens=list(range(5, 40)), max_new_tokens=4, pad_token_id=0,
+        num_return_sequences=8000,
+    )[:, 5:]  # fmt: skip
 
-    def probabilities(after: list[int]) -> torch.Tensor:
-        whole = torch.cat([ids[:1], torch.tensor([after], dtype=torch.long)], 1)
-        with torch.no_grad():
-            logits = model(whole).logits[:, -1] / 0.8
-        return transformers.TopKLogitsWarper(5)(None, logits)[0].softmax(0)
+    def processed(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.index_fill(-1, torch.arange(5, 40), -torch.inf).flatten(0, 1) / 0.8
+        warped = transformers.TopPLogitsWarper(0.9)(None, transformers.TopKLogitsWarper(5)(None, logits))
+        return warped.view(625, 4, 40)
 
-    first = probabilities([])
-    exact = torch.stack([first[i] * probabilities([i]) for i in range(40)]).flatten()
-    assert chi_square(torch.bincount(out[:, 0] * 40 + out[:, 1], minlength=1600), exact).p_value > 0.01
+    assert faster.decoded is not None
+    assert fits(faster.decoded, out, CausalModel(model), ids, range(5), processed)
+
+
+@pytest.mark.parametrize("name", ["chameleon", "emu3", "janus"])
+def test_guided_image_tokens_have_the_distribution_of_ordinary_sampling(name: str) -> None:
+    """Of the real classes: guidance, temperature, top-k and top-p inside the test of the guesses, with their caches."""
+    network = {"chameleon": chameleon, "emu3": emu3, "janus": lambda: janus(5)}[name]()
+    ids, other = prompts(1, 5, 60, 90), prompts(1, 3, 60, 90)
+    tokens = {"chameleon": range(4, 9), "emu3": range(10, 15), "janus": range(5)}[name]
+    wrap: Any = {"chameleon": ChameleonImages, "emu3": CausalModel, "janus": JanusImages}[name]
+    head = network.model.generation_head if name == "janus" else network.lm_head
+    for parameter in head.parameters():
+        parameter.data *= 8
+    raster, decoder = Raster(2, 2, tokens), SpeculativeJacobi(3, start="repeat_vertical")
+    torch.manual_seed(0)
+    if name == "janus":
+        sampling = Sampling(0.9, 4, 0.95, raster)
+        decoded = decoder.sample(wrap(network), ids.expand(8000, -1), 4, sampling, guidance=Guidance(1.5, other))
+        out = decoded.tokens
+    else:
+        faster = custom_generate(decoder, raster, wrap)
+        out = network.generate(
+            ids, attention_mask=torch.ones_like(ids), custom_generate=faster, do_sample=True, temperature=0.9,
+            top_k=4, top_p=0.95, guidance_scale=1.5, negative_prompt_ids=other, max_new_tokens=4,
+            negative_prompt_attention_mask=torch.ones_like(other), num_return_sequences=8000, pad_token_id=0,
+            eos_token_id=None,
+        )[:, 5:]  # fmt: skip
+        assert faster.decoded is not None
+        decoded = faster.decoded
+
+    def processed(logits: torch.Tensor) -> torch.Tensor:
+        return Sampling(0.9, 4, 0.95, raster)(logits, torch.arange(4).expand(625, -1), ids)
+
+    assert fits(decoded, out, wrap(network), ids, tokens, processed, Guidance(1.5, other))
+
+
+def fits(
+    decoded: Any, drawn: torch.Tensor, model: Any, prompt: torch.Tensor, tokens: range, processed: Any,
+    guidance: Guidance | None = None,
+) -> bool:  # fmt: skip
+    """Whether sequences of four of five tokens have their exact chances, and whether guesses were judged at all."""
+    sequences = torch.cartesian_prod(*[torch.as_tensor(tokens)] * 4)
+
+    def logits_after(ids: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(ids.shape[1] + 3).expand(625, -1)
+        first, cache = model(ids.expand(625, -1), None, places[:, :-3], None)
+        rest, _ = model(sequences[:, :3], cache, places[:, -3:], None)
+        return torch.cat([first[:, -1:], rest], 1)
+
+    with torch.no_grad():
+        logits = logits_after(prompt)
+        if guidance is not None and guidance.prompt is not None:
+            without = logits_after(guidance.prompt)
+            logits = without + guidance.scale * (logits - without)
+    exact = processed(logits).softmax(-1).gather(2, sequences[..., None])[..., 0].prod(1)
+    counts = torch.bincount((drawn - tokens[0]) @ torch.tensor([125, 25, 5, 1]), minlength=625)
+    assert int((counts > 0).sum()) > 30, "many sequences are likely"
+    assert not bool((counts > 0)[exact == 0].any()), "what filters rule out was drawn"
+    assert any(int(added.max()) > 1 for added in decoded.advances), "some guesses stay"
+    assert any(bool((added == 1).any()) for added in decoded.advances[1:]), "some are refused"
+    return chi_square(counts, exact).p_value > 0.01
 
 
 def test_tokens_are_streamed_as_they_are_settled() -> None:
@@ -135,11 +230,7 @@ def test_tokens_are_streamed_as_they_are_settled() -> None:
 
 
 def test_chameleon_draws_image_tokens_that_its_forward_rules_out() -> None:
-    torch.manual_seed(0)
-    images = {f"IMGIMG{letter}Z": 4 + i for i, letter in enumerate("ABCDEFGHIJKLMNOP")}
-    vq = {**VQ, "in_channels": 3, "resolution": 16}
-    config = transformers.ChameleonConfig(**TEXT, vocabulary_map={**images, "<image>": 30}, vq_config=vq)
-    network = transformers.ChameleonForConditionalGeneration(config).eval()
+    network = chameleon()
     model, ids = ChameleonImages(network), prompts(2, 5, 40, 90)
     assert model.image_tokens == list(range(4, 20))
     sampling = Sampling(top_k=12, raster=Raster(4, 4, model.image_tokens))
@@ -157,12 +248,7 @@ def test_chameleon_draws_image_tokens_that_its_forward_rules_out() -> None:
 
 
 def test_emu3_with_guidance_and_a_grammar_given_as_prefix_constraint() -> None:
-    torch.manual_seed(0)
-    names = {"<image>": 3, "<|extra_200|>": 4, **{f"<|visual token {i:06d}|>": 10 + i for i in range(16)}}
-    vq = {"codebook_size": 16, "attn_resolutions": [], "hidden_size": 32, "num_attention_heads": 1}
-    vq |= {k: v for k, v in VQ.items() if k != "num_embeddings"} | {"temporal_downsample_factor": 1}
-    config = transformers.Emu3Config(vq_config=vq, text_config=TEXT, vocabulary_map=names)
-    network = transformers.Emu3ForConditionalGeneration(config).eval()
+    network = emu3()
     ids, other = prompts(2, 5, 60, 90), prompts(2, 3, 60, 90)
 
     def allowed(row: int, seen: torch.Tensor) -> list[int]:
@@ -184,18 +270,7 @@ def test_emu3_with_guidance_and_a_grammar_given_as_prefix_constraint() -> None:
 
 
 def test_janus_gives_the_image_tokens_of_its_own_generate() -> None:
-    torch.manual_seed(0)
-    vision = {
-        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
-        "projection_dim": 32, "num_image_tokens": 16, "depth": 1, "hidden_act": "gelu",
-    }  # fmt: skip
-    vq = {**VQ, "double_latent": False, "projection_dim": 32, "image_token_embed_dim": 32, "num_patches": 4}
-    vq["num_embeddings"] = 20
-    config = transformers.JanusConfig(text_config=TEXT, vision_config=vision, vq_config=vq, image_token_id=5)
-    network = transformers.JanusForConditionalGeneration(config).eval()
-    settings = network.generation_config
-    settings.generation_kwargs, settings.guidance_scale = {"boi_token_id": 7}, 3.0
-    settings.pad_token_id, settings.bos_token_id = 0, 1
+    network = janus()
     ids = prompts(2, 5, 60, 90)
     ids[:, 0], ids[:, -1] = 1, 7
     theirs = network.generate(

@@ -120,9 +120,9 @@ def sample(
     for step in range(length):
         if step == 0:
             logits = feed.first()
-        else:  # padding need not be a token that the model knows
+        else:  # padding need not be a token that the model knows, but the first token drawn is one
             last = sequence[:, begin + step - 1 : begin + step]
-            logits = feed(torch.where(running[:, None], last, prompt[:, -1:]))
+            logits = feed(torch.where(running[:, None], last, sequence[:, begin : begin + 1]))
             feed.keep(torch.ones_like(lengths))
         place = torch.full((batch, 1), step, device=prompt.device)
         row = finite(scores(finite(logits), place, sequence))[:, 0]

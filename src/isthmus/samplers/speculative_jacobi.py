@@ -184,8 +184,9 @@ class _State:
         if width > 1:
             self._fill(width - 1)
         inputs = self.sequence.gather(1, self._places(width) - 1)
-        # What is fed for rows that have ended does not matter, but padding need not be a token that the model knows.
-        return torch.where(running[:, None], inputs, self.sequence[:, self.prompt - 1 : self.prompt])
+        # What is fed for rows that have ended does not matter, but the model has to know it. Padding need not be a token,
+        # the prompt may be of another vocabulary; the first token that was drawn is always known.
+        return torch.where(running[:, None], inputs, self.sequence[:, self.prompt : self.prompt + 1])
 
     def wipe(self, ended: Tensor) -> None:
         """Nothing stays behind the last token of rows that have ended."""
