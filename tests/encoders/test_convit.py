@@ -148,6 +148,14 @@ def test_non_square_number_of_heads_warns_and_inits_the_square_ones() -> None:
         ({"locality_strength": 0.0}, "locality_strength 0.0: it must be a number above 0"),
         ({"locality_strength": float("nan")}, "locality_strength nan"),
         ({"local_up_to_layer": 3}, "would see no patch"),
+        ({"local_up_to_layer": -1}, "local_up_to_layer -1 counts blocks"),
+        ({"depth": 0}, "depth 0: it must be above 0"),
+        ({"embed_dim": 0}, "embed_dim 0: it must be above 0"),
+        ({"patch_size": 0}, "patch_size 0: it must be above 0"),
+        ({"img_size": 0}, "img_size 0: it must be above 0"),
+        ({"img_size": (4, 32)}, r"img_size \(4, 32\) is smaller than a patch of 8 pixels"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio -1.0: it must be above 0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate -0.1: a share that is dropped"),
     ],
 )
 def test_impossible_networks_are_refused(change: dict[str, Any], message: str) -> None:

@@ -258,6 +258,11 @@ def test_layers_are_grouped_and_some_parameters_are_not_shrunk() -> None:
         ({"depths": (1, 1, 1)}, "one entry a stage; they have 4, 3, 4"),
         ({"bias_mode": "guess"}, "'guess' is neither"),
         ({"sr_ratios": (8, 4, 0, 1)}, "at least 1"),
+        ({"embed_dims": (8, 0, 16, 24)}, r"embed_dims \(8, 0, 16, 24\): it must be above 0"),
+        ({"patch_size": 0}, "patch_size 0: it must be above 0"),
+        ({"pretrain_size": (64, -1)}, "pretrain_size"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate 1.5: a share that is dropped"),
+        ({"attn_drop_rate": float("nan")}, "attn_drop_rate nan"),
     ],
 )
 def test_impossible_networks_are_refused(change: dict[str, Any], message: str) -> None:
@@ -277,10 +282,11 @@ def test_published_flops() -> None:
     for a value of a LayerNorm and one for a value that is pooled, windows included. Without these two TransNeXt-Micro
     has 2.65 and TransNeXt-Base 18.30 instead of 2.7 and 18.4."""
     published = {"micro": "2.7", "tiny": "5.7", "small": "10.3", "base": "18.4", "micro_aaaa": "3.3"}
-    for name, billions in published.items():
+    finetuned = {"small": "32.1", "base": "56.3"}  # at 384 pixels; the bias stays relative to 224
+    for name, billions, larger in [(*p, 0) for p in published.items()] + [(*p, 384) for p in finetuned.items()]:
         with torch.device("meta"):
             model: Any = timm.create_model(f"transnext_{name}")
-        side = model.pretrain_size[0]
+        side = larger or model.pretrain_size[0]
         values = sum(
             math.prod(grid.size) * info["num_chs"] * len(stage.blocks)
             for stage, grid, info in zip(model.stages, model.grids(side, side), model.feature_info, strict=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -29,7 +29,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from isthmus.encoders.pyramid import check_images, imagenet_cfg
+from isthmus.encoders.pyramid import check_images, check_settings, imagenet_cfg
 
 Grid = tuple[int, int]
 
@@ -246,7 +246,8 @@ class ConViT(convit.ConVit):
     Shapes: ``(B, in_chans, H, W)`` → ``(B, num_classes)``.
 
     Raises:
-        ValueError: heads that do not divide the width; no block is left for a class token that is to be read.
+        ValueError: heads that do not divide the width; a side, width, depth or rate that is out of range; no block is
+            left for a class token that is to be read.
     """
 
     def __init__(
@@ -274,6 +275,27 @@ class ConViT(convit.ConVit):
             raise ValueError(f"{num_heads} heads do not divide the width {embed_dim}.")
         if not 0 < locality_strength < math.inf:
             raise ValueError(f"locality_strength {locality_strength}: it must be a number above 0.")
+        check_settings(
+            {
+                "img_size": img_size,
+                "patch_size": patch_size,
+                "in_chans": in_chans,
+                "embed_dim": embed_dim,
+                "depth": depth,
+                "mlp_ratio": mlp_ratio,
+            },
+            {
+                "drop_rate": drop_rate,
+                "pos_drop_rate": pos_drop_rate,
+                "proj_drop_rate": proj_drop_rate,
+                "attn_drop_rate": attn_drop_rate,
+                "drop_path_rate": drop_path_rate,
+            },
+        )
+        if min(img_size if isinstance(img_size, Sequence) else (img_size,)) < patch_size:
+            raise ValueError(f"img_size {img_size} is smaller than a patch of {patch_size} pixels.")
+        if local_up_to_layer < 0:
+            raise ValueError(f"local_up_to_layer {local_up_to_layer} counts blocks; 0 is a plain vision transformer.")
         if local_up_to_layer >= depth and global_pool == "token":
             raise ValueError(
                 f"local_up_to_layer {local_up_to_layer} of {depth} blocks: a class token enters behind the local ones "

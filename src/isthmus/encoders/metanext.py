@@ -11,6 +11,7 @@ layer scale of a network of this family, timm's own included, into the convoluti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import inception_next
 from torch import Tensor, nn
 
-from isthmus.encoders.pyramid import check_images
+from isthmus.encoders.pyramid import check_images, check_settings
 from isthmus.layers.reparam import check_mergeable, warn_if_untrained
 
 #: ``mixer(dim, stage)``: a module that maps ``(B, dim, H, W)`` to itself, for the stage counted from 0.
@@ -51,8 +52,8 @@ class MetaNeXt(inception_next.MetaNeXt):
     ``(B, dims[i], ⌊H / r⌋, ⌊W / r⌋)`` with r = stem_stride · 2^i, because nothing is padded.
 
     Raises:
-        ValueError: depths, widths and ratios of different lengths; a mixer that changes the shape shows at the first
-            forward pass; an input with other channels, or too small for the last stage.
+        ValueError: depths, widths and ratios of different lengths, or out of range; a mixer that changes the shape
+            shows at the first forward pass; an input with other channels, or too small for the last stage.
     """
 
     def __init__(
@@ -79,6 +80,12 @@ class MetaNeXt(inception_next.MetaNeXt):
             )
         if stem_stride < 1:
             raise ValueError(f"stem_stride {stem_stride}: it must be at least 1.")
+        check_settings(
+            {"depths": tuple(depths), "dims": tuple(dims), "mlp_ratios": tuple(ratios), "in_chans": in_chans},
+            {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate},
+        )
+        if not math.isfinite(layer_scale or 0.0):
+            raise ValueError(f"layer_scale {layer_scale}: it must be a number, or None to leave it out.")
 
         def of_stage(stage: int) -> Callable[..., nn.Module]:
             return lambda dim, **_: mixer(dim, stage)

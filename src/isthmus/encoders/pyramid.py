@@ -216,6 +216,21 @@ def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return inside or bare
 
 
+def check_settings(counts: Mapping[str, Any] | None = None, rates: Mapping[str, float] | None = None) -> None:
+    """Raise ``ValueError`` for a count that is not above 0 and for a rate outside [0, 1); both by their names.
+
+    Args:
+        counts: numbers, or sequences of them, one a stage.
+        rates: probabilities of dropping something.
+    """
+    for name, given in (counts or {}).items():
+        if not all(value > 0 for value in (given if isinstance(given, Sequence) else (given,))):
+            raise ValueError(f"{name} {given}: it must be above 0.")
+    for name, rate in (rates or {}).items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} {rate}: a share that is dropped is at least 0 and below 1.")
+
+
 def imagenet_cfg(first_conv: str, classifier: str, **overrides: Any) -> dict[str, Any]:
     """timm's ``default_cfg`` of a network trained on ImageNet at 224 pixels: what is not usual is given.
 

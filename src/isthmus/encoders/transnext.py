@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from isthmus.encoders.aggregated_attention import AggregatedAttention, Grid, Pair, PlainAttention
-from isthmus.encoders.pyramid import Pyramid, imagenet_cfg
+from isthmus.encoders.pyramid import Pyramid, check_settings, imagenet_cfg
 from isthmus.layers.neighbourhood import visible_neighbours
 
 BiasMode = Literal["extrapolate", "interpolate"]
@@ -137,8 +137,9 @@ class TransNeXt(Pyramid):
     LayerNorm, their sides rounded up.
 
     Raises:
-        ValueError: lists of unequal lengths, heads that do not divide the channels, an even window, an unknown mode; in
-            forward a wrong number of input channels, or a map too small for its pooled view.
+        ValueError: lists of unequal lengths, heads that do not divide the channels, an even window, an unknown mode, a
+            width, side or rate that is out of range; in forward a wrong number of input channels, or a map too small
+            for its pooled view.
     """
 
     def __init__(
@@ -173,6 +174,17 @@ class TransNeXt(Pyramid):
             raise ValueError(f"bias_mode {bias_mode!r} is neither 'extrapolate' nor 'interpolate'.")
         if min(sr_ratios) < 1 or (fixed_pool_size is not None and fixed_pool_size < 1):
             raise ValueError(f"sr_ratios {sr_ratios} and fixed_pool_size {fixed_pool_size} must be at least 1.")
+        check_settings(
+            {
+                "embed_dims": embed_dims,
+                "mlp_ratios": mlp_ratios,
+                "patch_size": patch_size,
+                "pretrain_size": pretrain_size,
+                "img_size": pretrain_size if img_size is None else img_size,
+                "in_chans": in_chans,
+            },
+            {"drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate, "drop_path_rate": drop_path_rate},
+        )
         windows, strides = [window or 1 for window in windows], [patch_size] + [2] * (len(embed_dims) - 1)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
