@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+from isthmus.codec import UserError
+from isthmus.data import load
 from isthmus.data.augment import RandAugment, RandomErase
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Mixup, Normalize, RandomResizedCrop, Resize
-from isthmus.recipes._image_classification import DEIT, Augmentation, transforms
+from isthmus.recipes._image_classification import (
+    DEIT,
+    Augmentation,
+    all_labels,
+    first,
+    subset,
+    transforms,
+    usual_crop,
+)
 
 
 def test_published_augmentation_has_the_published_order() -> None:
@@ -31,6 +44,63 @@ def test_published_augmentation_has_the_published_order() -> None:
     out = train(batch, torch.Generator().manual_seed(0))
     assert out["image"].shape == (4, 3, 32, 32)
     assert out["label"].sum(1).tolist() == pytest.approx([1.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop": 0}, "crop is the smallest share"),
+        ({"crop": 2}, "crop is the smallest share"),
+        ({"padding": -2}, "padding must be 0 or more, got -2"),
+        ({"mixup": -1}, "mixup must be 0 or more, got -1"),
+        ({"cutmix": float("nan")}, "cutmix must be 0 or more, got nan"),
+        ({"erasing": 3}, "erasing is the share of the images"),
+        ({"repeats": 0}, "repeats counts the copies"),
+    ],
+)
+def test_impossible_augmentation_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Augmentation(**change)
+
+
+def test_impossible_transforms_are_refused() -> None:
+    with pytest.raises(UserError, match="size 0: a picture is at least 1 pixel"):
+        transforms(0, 10)
+    with pytest.raises(UserError, match="smoothing 2 of labels"):
+        transforms(8, 10, smoothing=2)
+    with pytest.raises(UserError, match="standard deviation of every channel must be above 0"):
+        transforms(8, 10, std=(0.0, 1.0, 1.0))
+
+
+def test_shares_of_a_source_have_their_share_of_every_class() -> None:
+    source = load("digits", "train", ("image", "label"))
+    labels = all_labels(load("digits", "train", ("label",)))
+    assert np.array_equal(labels, source.fetch(np.arange(len(source)))["label"].numpy())
+    counts = np.bincount(labels)
+    for share, seed in ((0.05, 0), (0.1, 3), (0.1, 9), (0.5, 1)):
+        chosen = subset(source, share, seed, labels=labels)
+        taken = chosen.fetch(np.arange(len(chosen)))
+        assert len(chosen) == round(share * len(source)) == len(set(taken["index"].tolist()))
+        assert np.abs(np.bincount(taken["label"].numpy(), minlength=10) - share * counts).max() <= 1.5
+    few, more = (subset(source, share, 0, labels=labels) for share in (0.05, 0.1))
+    assert {int(s["index"]) for s in few.samples(range(len(few)))} < {
+        int(s["index"]) for s in more.samples(range(len(more)))
+    }
+    uneven = np.concatenate([np.full(500, 7), np.zeros(757, int)])
+    for seed in range(4):
+        taken = [uneven[subset(source, 0.01, seed, labels=uneven).number(i)] for i in range(13)]
+        assert taken.count(7) in (5, 6), "500 of 1257 images, so 5.2 of 13"
+
+
+def test_the_first_samples_or_all_of_them() -> None:
+    source = load("digits", "test", ("label",))
+    assert [len(first(source, number, "test_images")) for number in (0, 5, 10**6)] == [len(source), 5, len(source)]
+    with pytest.raises(UserError, match=r"test_images must be 0 \(all of them\) or more, got -1"):
+        first(source, -1, "test_images")
+
+
+def test_pictures_are_cropped_when_measuring_as_is_usual_for_their_size() -> None:
+    assert [usual_crop(size) for size in (8, 32, 192, 224, 256, 384)] == [1, 1, 1, 0.875, 0.875, 1]
 
 
 def test_an_unknown_policy_is_told_before_training() -> None:

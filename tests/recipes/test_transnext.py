@@ -18,6 +18,7 @@ from isthmus.codec import UserError, load_weights
 from isthmus.data import load
 from isthmus.encoders.aggregated_attention import AggregatedAttention, CosineAttention
 from isthmus.engine import Run, Training
+from isthmus.recipes import _image_classification as shared
 from isthmus.recipes import transnext
 from isthmus.recipes.transnext import Config, PooledAttention, WindowAttention
 from tests.encoders.test_transnext import official, tiny
@@ -106,6 +107,8 @@ def test_published_setting_takes_a_step(tmp_path: Path) -> None:
     assert (paper.training.epochs, paper.training.batch_size, paper.training.lr) == (300, 1024, 1e-3)
     assert paper.training.lr * paper.training.warmup_from == pytest.approx(1e-6)
     assert paper.training.lr * paper.training.final_lr_ratio == pytest.approx(1e-5)
+    assert paper.eval_split == "val", "ImageNet's test labels are not public"
+    assert paper.augmentation == shared.DEIT
     config = dataclasses.replace(paper, data="scenes?space=easy", size=64, sizes=(), encoder="transnext_micro")
     config = dataclasses.replace(config, images=8, test_images=8, training=dataclasses.replace(FEW, batch_size=8))
     with Run.quick(tmp_path, name="transnext", config=config, max_steps=1) as run:

@@ -6,6 +6,7 @@ A recipe says which networks are compared and what it measures; everything betwe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,17 @@ class Augmentation:
     repeats: int = 1
     """Copies of an image in a batch, each changed on its own; an epoch then visits so many times fewer images."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise UserError(f"crop is the smallest share of a picture, above 0 and up to 1, got {self.crop}.")
+        for name in ("padding", "mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if not 0 <= self.erasing <= 1:
+            raise UserError(f"erasing is the share of the images that lose a rectangle, 0 to 1, got {self.erasing}.")
+        if self.repeats < 1:
+            raise UserError(f"repeats counts the copies of an image in a batch, 1 or more, got {self.repeats}.")
+
 
 #: What DeiT and those after it train with on ImageNet.
 DEIT = Augmentation(crop=0.08, flip=True, mixup=0.8, cutmix=1.0, randaugment="rand-m9-mstd0.5-inc1", erasing=0.25)
@@ -89,7 +101,16 @@ def transforms(
         std: likewise.
         smoothing: ε of soft labels where samples are mixed; elsewhere it belongs to the objective.
         crop_pct: share of the shorter side that is kept when measuring.
+
+    Raises:
+        UserError: a size below 1, a smoothing outside [0, 1), a deviation that is not above 0.
     """
+    if size < 1:
+        raise UserError(f"size {size}: a picture is at least 1 pixel a side.")
+    if not 0 <= smoothing < 1:
+        raise UserError(f"smoothing {smoothing} of labels lies between 0 and 1.")
+    if not all(0 < value < math.inf for value in std):
+        raise UserError(f"std {tuple(std)}: the standard deviation of every channel must be above 0.")
     asked = augmentation or Augmentation()
     resize, normalize = Resize(round(size / crop_pct)), Normalize(mean, std)
     train: list[Transform] = (
@@ -104,7 +125,30 @@ def transforms(
     return Compose(train), Compose([resize, CenterCrop(size), normalize])
 
 
-def subset(dataset: Dataset, number: float, seed: int, at_least: int = 1, stride: int | None = None) -> Dataset:
+def usual_crop(size: int) -> float:
+    """Share of the shorter side that ImageNet's pictures keep when measuring: 0.875 from 224 pixels, all from 384."""
+    return 0.875 if 224 <= size < 384 else 1.0
+
+
+def first(dataset: Dataset, number: int, what: str) -> Dataset:
+    """The first so many samples, all of them where there are fewer or ``number`` is 0.
+
+    Raises:
+        UserError: a negative number; ``what`` is the name of the setting.
+    """
+    if number < 0:
+        raise UserError(f"{what} must be 0 (all of them) or more, got {number}.")
+    return dataset.select(np.arange(min(number, len(dataset)))) if number else dataset
+
+
+def subset(
+    dataset: Dataset,
+    number: float,
+    seed: int,
+    at_least: int = 1,
+    stride: int | None = None,
+    labels: np.ndarray | None = None,
+) -> Dataset:
     """Some samples of a shuffled source; the order does not depend on the seed, which says where in it they begin.
 
     Args:
@@ -113,6 +157,7 @@ def subset(dataset: Dataset, number: float, seed: int, at_least: int = 1, stride
         seed: seed s begins at sample s · ``stride``, so that different seeds get different samples while they last.
         at_least: samples that a batch takes; where there are fewer they are repeated.
         stride: ``number`` where it is left out.
+        labels: of every sample, ``(N,)``; with them every class has its share of the samples taken.
 
     Raises:
         UserError: the source has not that many samples.
@@ -122,8 +167,25 @@ def subset(dataset: Dataset, number: float, seed: int, at_least: int = 1, stride
     if number <= 0 or count > total:
         raise UserError(f"{dataset.name} has {total} training images; {number:g} of them were asked for.")
     places = (np.arange(count) + seed * (stride or count)) % total
-    chosen = permutation(total, seed=0)[places]
-    return dataset.select(np.resize(chosen, max(count, at_least)))
+    order = permutation(total, seed=0)
+    if labels is not None:
+        order = order[np.argsort(_within_class(labels[order]), kind="stable")]
+    return dataset.select(np.resize(order[places], max(count, at_least)))
+
+
+def _within_class(labels: np.ndarray) -> np.ndarray:
+    """Where every sample stands among those of its class, from 0 to 1: sorted by it, classes are evenly mixed."""
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    place = np.empty(len(labels))
+    place[by_class] = (np.arange(len(labels)) - np.repeat(starts, counts) + 0.5) / np.repeat(counts, counts)
+    return place
+
+
+def all_labels(dataset: Dataset) -> np.ndarray:
+    """The label of every sample, ``(N,)``; load the source with ``needs=("label",)``, so that no picture is read."""
+    batches = (np.arange(i, min(i + 4096, len(dataset))) for i in range(0, len(dataset), 4096))
+    return np.concatenate([dataset.fetch(batch)["label"].numpy() for batch in batches])
 
 
 def class_names(*datasets: Dataset) -> list[str]:

@@ -36,7 +36,7 @@ class Config:
     data: str = "digits"
     """Labelled images; any source will do."""
     images: tuple[float, ...] = (100, 400)
-    """Training images of every comparison, ascending; up to 1 as a share of the source."""
+    """Training images of every comparison, ascending; up to 1 as a share of the source and of each of its classes."""
     size: int = 8
     """Pixels a side of what the networks see."""
     patch: int = 2
@@ -117,10 +117,13 @@ def run(config: Config, run: Run) -> None:
 
     watched = next(evaluation_batches(held_out, min(64, len(held_out)), transform=plain))["image"]
     largest = max(n if n > 1 else n * len(source) for n in config.images)
+    shares = any(0 < n < 1 for n in config.images)
+    labels = shared.all_labels(load(config.data, config.train_split, ("label",), run.seed)) if shares else None
     accuracies: dict[str, list[tuple[float, float]]] = {"ConViT": [], "ViT": []}
     gains, networks, watching = [], {}, {}
     for number in config.images:
-        chosen = shared.subset(source, number, run.seed, config.training.batch_size, round(largest))
+        balanced = labels if number < 1 else None
+        chosen = shared.subset(source, number, run.seed, config.training.batch_size, round(largest), balanced)
         for name, local in (("ConViT", config.local), ("ViT", 0)):
             run.seed_everything("network")
             network = _network(config, local, len(classes))
@@ -213,7 +216,7 @@ def _network(config: Config, local: int, classes: int) -> ConViT:
 
 
 def _transforms(config: Config, classes: int) -> tuple[Any, Any]:
-    pct = 0.875 if config.size >= 224 else 1.0
+    pct = shared.usual_crop(config.size)
     return shared.transforms(
         config.size, classes, config.augmentation, config.mean, config.std, config.smoothing, crop_pct=pct
     )

@@ -109,10 +109,10 @@ def run(config: Config, run: Run) -> None:
     unknown = [name for name in config.mixers if name not in MIXERS]
     if unknown or not config.mixers:
         raise UserError(f"mixers {', '.join(unknown) or '()'}: choose from {', '.join(MIXERS)}.")
+    if config.rounds < 0:
+        raise UserError(f"rounds counts timings of the mixer; it must be 0 (none) or more, got {config.rounds}.")
     source = load(config.data, config.train_split, needs, run.seed)
-    held_out = load(config.data, config.eval_split, needs, run.seed)
-    if config.test_images:
-        held_out = held_out.select(range(min(config.test_images, len(held_out))))  # type: ignore[arg-type]
+    held_out = shared.first(load(config.data, config.eval_split, needs, run.seed), config.test_images, "test_images")
     classes = shared.class_names(source, held_out)
     augmented, plain = _transforms(config, len(classes))
     run.log(f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {len(classes)} classes.")
@@ -203,7 +203,7 @@ def _network(config: Config, mixer: str, classes: int) -> MetaNeXt:
 
 
 def _transforms(config: Config, classes: int) -> tuple[Any, Any]:
-    pct = 0.875 if config.size >= 224 else 1.0
+    pct = shared.usual_crop(config.size)
     return shared.transforms(config.size, classes, config.augmentation, smoothing=config.smoothing, crop_pct=pct)
 
 

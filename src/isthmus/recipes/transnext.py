@@ -70,6 +70,10 @@ class Config:
     """How training images are changed."""
     training: Training = Training(epochs=12, batch_size=64, lr=2e-3, weight_decay=0.05, warmup_epochs=1, clip=1.0)
     """Training of every network."""
+    train_split: str = "train"
+    """Part of the data to train on."""
+    eval_split: str = "test"
+    """Part of the data to measure on."""
 
     @classmethod
     def paper(cls) -> Config:
@@ -95,7 +99,9 @@ class Config:
                 warmup_from=1e-3,
                 final_lr_ratio=0.01,
                 clip=1.0,
+                workers=8,
             ),
+            eval_split="val",  # the labels of ImageNet's test pictures are not public
         )
 
 
@@ -139,9 +145,13 @@ class PooledAttention(AggregatedAttention):
 
 def run(config: Config, run: Run) -> None:
     """Train the networks, try them at other sizes, look at one layer."""
-    train_set = _dataset(config, "train", config.size, config.images, run.seed)
-    held_out = {size: _dataset(config, "test", size, config.test_images, run.seed) for size in _sizes(config)}
+    train_set = shared.first(_dataset(config, config.train_split, config.size, run.seed), config.images, "images")
+    held_out = {
+        size: shared.first(_dataset(config, config.eval_split, size, run.seed), config.test_images, "test_images")
+        for size in _sizes(config)
+    }
     classes = shared.class_names(train_set, held_out[config.size])
+    augmented, _ = _transforms(config, config.size, len(classes))
     run.log(f"{config.data}: {len(train_set)} images to train on, {len(held_out[config.size])} held out.")
 
     networks: dict[str, TransNeXt] = {}
@@ -152,7 +162,6 @@ def run(config: Config, run: Run) -> None:
             fix_scale(networks[name], config.size)
     found: dict[str, dict[int, float]] = {}
     for name, network in networks.items():
-        augmented, _ = _transforms(config, config.size, len(classes))
         shared.train(
             run,
             name,
@@ -332,11 +341,11 @@ def _sizes(config: Config) -> Sequence[int]:
     return sorted({config.size, *config.sizes})
 
 
-def _dataset(config: Config, split: str, size: int, number: int, seed: int) -> Dataset:
+def _dataset(config: Config, split: str, size: int, seed: int) -> Dataset:
     drawn = {"size": size} if config.data.partition("?")[0] == "scenes" else {}
-    dataset = load(config.data, split, needs, seed, **drawn)
-    return dataset.select(np.arange(min(number, len(dataset)))) if number else dataset
+    return load(config.data, split, needs, seed, **drawn)
 
 
 def _transforms(config: Config, size: int, classes: int = 1) -> tuple[Transform, Transform]:
-    return shared.transforms(size, classes, config.augmentation, smoothing=config.smoothing)
+    pct = shared.usual_crop(size)
+    return shared.transforms(size, classes, config.augmentation, smoothing=config.smoothing, crop_pct=pct)
