@@ -81,14 +81,25 @@ def test_apply_decodes_arrays_and_tells_how_likely_what_was_seen(
     (tmp_path / "note.txt").write_text("no recording")
     written = meg_decoding.apply(done[0], [npz(tmp_path / "one.npz"), tmp_path / "note.txt"], tmp_path / "out")
     names = [path.name for path in written]
-    assert names == ["one-latents.npz", "one-retrieval.json", "one-course.png", "skipped.json"]
+    assert names == [
+        "one-latents.npz",
+        "one-retrieval.json",
+        "one-course.png",
+        "one-pictures.png",
+        "skipped.json",
+    ]
     assert all(path.stat().st_size for path in written)
     told = json.loads(written[1].read_text())
     assert len(told["trials"]) == 24
+    assert all(len(set(trial["stimulus"])) == 5 for trial in told["trials"]), "no candidate comes twice"
     assert told["trials"][0]["cosine"] == sorted(told["trials"][0]["cosine"], reverse=True)
     assert told["correlation"] > 0.1, "the recording's own latents are predicted"
     latents = np.load(written[0])
     assert latents["retrieval"].shape == latents["generation"].shape == (24, 4)
+    assert latents["pictures"].shape == latents["nearest"].shape == (24, 3, 24, 24)
+    assert latents["pictures"].std(0).max() > 0, "they differ from trial to trial"
+    known = load_file(done[0] / "decoder" / "pictures.safetensors")["thumbs"].numpy()
+    assert all((picture == known).all((1, 2, 3)).any() for picture in latents["nearest"])
 
 
 def test_apply_takes_other_rates_and_other_sensors(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -121,8 +132,8 @@ def test_apply_finds_the_person_by_name(done: tuple[Path, dict[str, Any]], tmp_p
         np.savez(tmp_path / "other.npz", **{k: whole[k] for k in whole.files if k != "subject"})
     files = meg_decoding.apply(run_dir, [tmp_path / "eve.npz", tmp_path / "other.npz"], tmp_path / "2")
     np.testing.assert_array_equal(first["retrieval"], np.load(files[0])["retrieval"])
-    assert [json.loads(files[n].read_text())["subject"] for n in (1, 4)] == [[1], [0]]
-    assert [json.loads(files[n].read_text())["subject_known"] for n in (1, 4)] == [True, False]
+    assert [json.loads(files[n].read_text())["subject"] for n in (1, 5)] == [[1], [0]]
+    assert [json.loads(files[n].read_text())["subject_known"] for n in (1, 5)] == [True, False]
     with pytest.raises(UserError, match=r"nobody called 'zoe' was trained on; the people are ann, eve\.npz"):
         meg_decoding.apply(run_dir, [npz(tmp_path / "z.npz", subject=np.array(["zoe"] * 24))], tmp_path / "3")
 

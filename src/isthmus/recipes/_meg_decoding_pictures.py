@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from isthmus.codec import Loss
+from isthmus.codec import Loss, load_weights, save_weights, write_atomically
 from isthmus.data import Memory
 from isthmus.decoders.latent_painter import LatentPainter
+from isthmus.decoders.ridge import Ridge, match_moments
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.metrics.retrieval import correlation, two_way_identification
-from isthmus.recipes._meg_decoding_trials import cosine
+from isthmus.recipes._meg_decoding_trials import Trials, cosine, predict
 
 SIZE = 24
+_PAINTER, _KNOWN = "painter.safetensors", "pictures.safetensors"
+_OWN = 10
+"""Trials whose predictions have moments of their own; those of fewer are taken from the run."""
 
 
 class Painting(nn.Module):
@@ -65,6 +72,66 @@ def scores(pictures: Tensor, seen: Tensor) -> dict[str, float]:
     if len(pictures) > 1:
         found["two_way"] = two_way_identification(similar)
     return found
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All that makes pictures of predictions.
+
+    Attributes:
+        painter: latents, and low-level features where there are any, to pictures.
+        latent, thumbs: what was seen in training: ``(M, F)``, uint8 ``(M, 3, 24, 24)``.
+        moments: ``mean`` and ``std`` of what the painter was taught on, ``own_mean`` and ``own_std`` of predictions.
+        low: a ridge a subject for the low-level features, which no latent tells.
+    """
+
+    painter: LatentPainter
+    latent: Tensor
+    thumbs: Tensor
+    moments: Mapping[str, Tensor]
+    low: Mapping[int, Ridge] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def of(self, predicted: Tensor, trials: Trials) -> tuple[Tensor, Tensor]:
+        """Generated pictures and the nearest that were seen, both ``(N, 3, 24, 24)`` in [0, 1].
+
+        Args:
+            predicted: ``(N, F)`` of the generation head.
+            trials: the scaled signals behind them.
+        """
+        near = self.thumbs[nearest(predicted, self.latent)].float() / 255
+        if self.low:
+            predicted = torch.cat([predicted, predict(dict(self.low), trials)], 1)
+        own = {} if len(predicted) >= _OWN else {name: self.moments[name] for name in ("own_mean", "own_std")}
+        return self.painter(match_moments(predicted, self.moments["mean"], self.moments["std"], **own)), near
+
+    def save(self, folder: Path) -> None:
+        """Two files in a folder; of pictures that are alike in their latents one is kept."""
+        _, place = self.latent.unique(dim=0, return_inverse=True)
+        first = torch.full((int(place.max()) + 1,), len(place)).scatter_reduce_(
+            0, place, torch.arange(len(place)), "amin"
+        )
+        tensors = {"latent": self.latent[first], "thumbs": self.thumbs[first], **self.moments}
+        for who, ridge in self.low.items():
+            tensors |= {f"low.{who}.{name}": value for name, value in ridge.state_dict().items()}
+        save_weights(self.painter, folder / _PAINTER)
+        write_atomically(folder / _KNOWN, save({name: t.contiguous() for name, t in tensors.items()}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Generation | None:
+        """What :meth:`save` wrote; ``None`` where the data had no pictures."""
+        if not (folder / _KNOWN).is_file():
+            return None
+        tensors = load_file(folder / _KNOWN)
+        low: dict[int, Ridge] = {}
+        for name in [name for name in tensors if name.startswith("low.") and name.endswith(".weight")]:
+            ridge = Ridge(1.0, *tensors[name].shape)
+            ridge.load_state_dict({k: tensors[name.replace("weight", k)] for k in ridge.state_dict()})
+            low[int(name.split(".")[1])] = ridge
+        painter = LatentPainter(len(tensors["mean"]), SIZE)
+        load_weights(painter, folder / _PAINTER)
+        moments = {name: tensors[name] for name in ("mean", "std", "own_mean", "own_std")}
+        return cls(painter.eval(), tensors["latent"], tensors["thumbs"], moments, low)
 
 
 def draw(rows: Mapping[str, Tensor], columns: int = 10) -> Figure:

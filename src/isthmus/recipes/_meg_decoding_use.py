@@ -20,6 +20,7 @@ from isthmus.data.recordings import read as read_recording
 from isthmus.decoders.streaming import Step, StreamingDecoder
 from isthmus.layers.robust_scale import RobustScale, baseline
 from isthmus.metrics.retrieval import columnwise_correlation
+from isthmus.recipes import _meg_decoding_pictures as pictures
 from isthmus.recipes._meg_decoding_trials import Trials, cosine
 
 FOLDER, SCALE, CANDIDATES, ABOUT = "decoder", "scale.safetensors", "candidates.safetensors", "about.json"
@@ -51,6 +52,7 @@ class Kept:
         self.codec = Codec.from_pretrained(folder)
         self.scale = RobustScale(self.about["channels"], self.about["recordings"])
         load_weights(self.scale, folder / SCALE)
+        self.generation = pictures.Generation.load(folder)
         kept = load_file(folder / CANDIDATES)
         self.latent, self.stimulus, self.label, self.times = (kept[n] for n in ("latent", "stimulus", "label", "times"))
 
@@ -84,16 +86,16 @@ def apply(run_dir: Path, inputs: Sequence[Path], out: Path) -> list[Path]:
             continue
         out.mkdir(parents=True, exist_ok=True)
         stem = path.name.partition(".")[0]
-        arrays, told, figure = made
+        arrays, told, *figures = made
         told |= {"subject": sorted(set(subject.tolist())), "subject_known": known}
-        buffer, picture = io.BytesIO(), io.BytesIO()
+        buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
-        figure.savefig(picture, format="png", dpi=110)
-        for suffix, content in (
-            ("latents.npz", buffer.getvalue()),
-            ("retrieval.json", (json.dumps(told, indent=1) + "\n").encode()),
-            ("course.png", picture.getvalue()),
-        ):
+        contents = {"latents.npz": buffer.getvalue(), "retrieval.json": (json.dumps(told, indent=1) + "\n").encode()}
+        for name, figure in zip(("course.png", "pictures.png"), figures, strict=False):
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=110)
+            contents[name] = picture.getvalue()
+        for suffix, content in contents.items():
             target = out / f"{stem}-{suffix}"
             if target in written:  # another folder's file of the same name
                 target = out / f"{stem}-{len(written)}-{suffix}"
@@ -132,7 +134,10 @@ def _subjects(kept: Kept, recording: Recording, file: str) -> tuple[Tensor, bool
     return torch.full((count,), -1 if anybody else 0), kept.subjects == 1
 
 
-def _decoded(kept: Kept, recording: Recording, subject: Tensor) -> tuple[dict[str, Any], dict[str, Any], Figure]:
+_Made = tuple[dict[str, Any], dict[str, Any], *tuple[Figure, ...]]
+
+
+def _decoded(kept: Kept, recording: Recording, subject: Tensor) -> _Made:
     recording = recording.at(kept.times)
     signal = recording.signal
     if bool((kept.times < 0).any()):
@@ -147,7 +152,16 @@ def _decoded(kept: Kept, recording: Recording, subject: Tensor) -> tuple[dict[st
     if isinstance(truth, Tensor) and truth.shape == retrieval.shape:
         told["correlation"] = round(float(columnwise_correlation(generation, truth.float()).mean()), 4)
     arrays = {"retrieval": retrieval.numpy(), "generation": generation.numpy(), "times": kept.times.numpy()}
-    return arrays, told, _build_up(kept, trials, retrieval)
+    figures = [_build_up(kept, trials, retrieval)]
+    if kept.generation is not None:
+        if kept.generation.low and signal.shape[1] != kept.about["channels"]:
+            told["pictures"] = f"none: they need the {kept.about['channels']} channels of training"
+        else:
+            painted, near = kept.generation.of(generation, trials)
+            figures.append(pictures.draw({"nearest": near, "generated": painted}))
+            arrays |= {"pictures": (255 * painted).round().to(torch.uint8).numpy(),
+                       "nearest": (255 * near).round().to(torch.uint8).numpy()}  # fmt: skip
+    return arrays, told, *figures
 
 
 def _best(kept: Kept, retrieval: Tensor) -> list[dict[str, Any]]:
@@ -191,7 +205,7 @@ def _build_up(kept: Kept, trials: Trials, final: Tensor) -> Figure:
     return figure
 
 
-def _streamed(kept: Kept, recording: Recording, subject: Tensor) -> tuple[dict[str, Any], dict[str, Any], Figure]:
+def _streamed(kept: Kept, recording: Recording, subject: Tensor) -> _Made:
     """A continuous recording without events, as a stream: an answer every 25 ms or every sample, what is slower."""
     rate = 1 / float(kept.times[1] - kept.times[0])
     samples = int((recording.times[-1] - recording.times[0]) * rate)

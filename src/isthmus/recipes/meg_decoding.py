@@ -28,7 +28,6 @@ from torch import Tensor
 from isthmus.codec import Codec, UserError, save_weights, write_atomically
 from isthmus.data.brain.cortex import NETWORKS, mean_latency
 from isthmus.decoders.latent_heads import LatentHeads
-from isthmus.decoders.ridge import match_moments
 from isthmus.decoders.streaming import StreamingDecoder
 from isthmus.encoders.meg_conv import MEGConv, from_official
 from isthmus.engine import Run, Training
@@ -175,15 +174,18 @@ def run(config: Config, run: Run) -> None:
 
     course = _over_time(config, run, simulated, train, test)
     _stream(run, codec, scale, test, simulated)
-    painter = _paint(config, run, found["latents"], train.scaled(scale), test.scaled(scale))
+    generation = _paint(config, run, found["latents"], train.scaled(scale), test.scaled(scale))
     run.figure("sensors", use.attention_map(codec.encoder, train.positions[0]), "Sensors by their share of attention.")
-    _keep(run, codec, scale, train, test, painter, course)
+    _keep(run, codec, scale, train, test, generation, course)
 
 
 def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     """Decode recordings: predicted latents, what was likely seen, and how it builds up over time.
 
-    For every ``.fif``, ``.npz`` or ``.npy``: ``NAME-latents.npz``, ``NAME-retrieval.json`` and ``NAME-course.png``.
+    For every ``.fif``, ``.npz`` or ``.npy``: ``NAME-latents.npz``, ``NAME-retrieval.json`` and ``NAME-course.png``; and
+    of trials, where the run had pictures, ``NAME-pictures.png`` with the nearest of training and generated ones (all of
+    these are in ``NAME-latents.npz`` too). A recording without trials is decoded as a stream, with the latency of every
+    step.
 
     Raises:
         UserError: the run kept no model, or no input can be decoded.
@@ -341,7 +343,9 @@ def _stream(run: Run, codec: Codec, scale: RobustScale, test: Trials, simulated:
 # --------------------------------------------------------------------------------------------------------- generation
 
 
-def _paint(config: Config, run: Run, latents: tuple[Tensor, Tensor], train: Trials, test: Trials) -> Any:
+def _paint(
+    config: Config, run: Run, latents: tuple[Tensor, Tensor], train: Trials, test: Trials
+) -> pictures.Generation | None:
     """Pictures of test stimuli from predicted latents: nearest neighbours, and the conditional decoder."""
     if train.image is None or test.image is None:
         run.note("The data have no pictures, so none were generated.")
@@ -349,24 +353,24 @@ def _paint(config: Config, run: Run, latents: tuple[Tensor, Tensor], train: Tria
     mean_trials = test.averaged()
     assert mean_trials.image is not None
     predicted = averaged_predictions(latents[1], test)
-    matched = match_moments(predicted, train.latent.mean(0), train.latent.std(0))
-    inputs = train.latent
+    inputs, told, low = train.latent, predicted, {}
     if train.low is not None:  # what the latent does not tell, a ridge reads from the signal, as the papers do
-        low = predict(ridges(train, train.low), mean_trials)
-        matched = torch.cat([matched, match_moments(low, train.low.mean(0), train.low.std(0))], 1)
-        inputs = torch.cat([inputs, train.low], 1)
+        low = ridges(train, train.low)
+        inputs, told = torch.cat([inputs, train.low], 1), torch.cat([told, predict(low, mean_trials)], 1)
     painter = pictures.teach(run, inputs, train.image, config.painting).cpu().eval()
-    with torch.no_grad():
-        painted = painter(matched)
+    spread = told.std(0) if len(told) > 1 else torch.zeros_like(told[0])
+    moments = {"mean": inputs.mean(0), "std": inputs.std(0), "own_mean": told.mean(0), "own_std": spread}
+    thumbs = pictures.small_pictures(train.image)
+    generation = pictures.Generation(painter, train.latent, thumbs, moments, low)
+    painted, near = generation.of(predicted, mean_trials)
     seen = pictures.small_pictures(mean_trials.image).float() / 255
-    near = pictures.small_pictures(train.image[pictures.nearest(predicted, train.latent)]).float() / 255
     for name, made in (("painted", painted), ("nearest", near)):
         for measure, value in pictures.scores(made, seen).items():
             run.metric(f"{measure}_{name}", value, published=_PUBLISHED.get(measure))
     run.metric("pixcorr_shuffled", pictures.scores(painted.roll(1, 0), seen)["pixcorr"])
     rows = {"seen": seen, "nearest": near, "generated": painted}
     run.figure("pictures", pictures.draw(rows), "Test pictures, the nearest of training, and the decoder's.")
-    return painter
+    return generation
 
 
 _STREAM_BUDGET = 5000
@@ -378,17 +382,25 @@ _PUBLISHED = {"pixcorr": ".076", "ssim": ".336"}
 
 
 def _keep(
-    run: Run, codec: Codec, scale: RobustScale, train: Trials, test: Trials, painter: Any, course: Mapping[str, Any]
+    run: Run,
+    codec: Codec,
+    scale: RobustScale,
+    train: Trials,
+    test: Trials,
+    generation: pictures.Generation | None,
+    course: Mapping[str, Any],
 ) -> None:
     """The folder ``decoder/`` that :func:`apply` and Python users load."""
     folder = run.dir / use.FOLDER
     if run.is_first:
         codec.save_pretrained(folder)
         save_weights(scale, folder / use.SCALE)
-        candidates = torch.cat([train.latent, test.latent[test.stimuli()[0]]])
-        stimulus = torch.cat([train.stimulus, test.stimulus[test.stimuli()[0]]])
-        label = stimulus if train.label is None or test.label is None else torch.cat(
-            [train.label, test.label[test.stimuli()[0]]])  # fmt: skip
+        seen, shown = train.stimuli()[0], test.stimuli()[0]  # repeats are one candidate
+        candidates = torch.cat([train.latent[seen], test.latent[shown]])
+        stimulus = torch.cat([train.stimulus[seen], test.stimulus[shown]])
+        label = stimulus
+        if train.label is not None and test.label is not None:
+            label = torch.cat([train.label[seen], test.label[shown]])
         tensors = {"latent": candidates, "stimulus": stimulus, "label": label, "times": train.times}
         write_atomically(folder / use.CANDIDATES, save({name: t.contiguous() for name, t in tensors.items()}))
         about = {
@@ -399,8 +411,8 @@ def _keep(
             "course": dict(course),
         }
         write_atomically(folder / use.ABOUT, json.dumps(about, indent=1).encode())
-        if painter is not None:
-            save_weights(painter, folder / "painter.safetensors")
+        if generation is not None:
+            generation.save(folder)
     run.artifact(
         "decoder", folder / "model.safetensors", "the convnet with its heads; isthmus apply decodes recordings"
     )
