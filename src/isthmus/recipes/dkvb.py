@@ -15,7 +15,8 @@ most; it is shown beside (``slow_probe``), and counts in ``gain_over_best``.
 
 The built-in digits are their own embedding (64 grey pixels), for which the fine-tuned network is a small convnet. With
 ``--data parquet:cifar10 --encoder resnet50.tv2_in1k --pretrained`` embeddings are those of a timm model; ``--weights
-FILE`` takes its weights from a file, under timm's names or published ones.
+FILE`` takes its weights from a file, under timm's names or published ones. Over a published ResNet-20, which knew all
+ten classes before, it ends at 0.84, a linear probe at 0.28, the slow one at 0.72 (``benchmarks/dkvb_cifar10.py``).
 
     from isthmus.recipes import dkvb
     codec, pictures = dkvb.load("runs/dkvb-seed0")
