@@ -165,3 +165,7 @@ def test_filter_has_no_onnx_form_and_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_cannot_be_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_an_empty_batch_goes_through_a_filter() -> None:
+    assert GnConv(8, order=2, filter=(4, 3))(torch.zeros(0, 8, 5, 6)).shape == (0, 8, 5, 6)
