@@ -70,7 +70,7 @@ def test_it_measures_exactness_passes_and_identity(trained: tuple[Path, dict[str
 
 
 def test_apply_completes_pictures_of_any_size_and_draws_new_ones(
-    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", 31, 12)]
     (tmp_path / "sub").mkdir()
@@ -78,6 +78,11 @@ def test_apply_completes_pictures_of_any_size_and_draws_new_ones(
     inputs[-1].write_text("no picture")
     written = speculative_jacobi.apply(trained[0], inputs, tmp_path / "out")
     assert [path.name for path in written] == ["a-completed.png", "b-completed.png", "a-2-completed.png", "new.png"]
+    assert "note.txt" in capsys.readouterr().err
+    (tmp_path / "more").mkdir()
+    inputs = [picture(tmp_path / "a.png"), picture(tmp_path / "a-2.png"), picture(tmp_path / "more" / "a.png")]
+    names = [path.name for path in speculative_jacobi.apply(trained[0], inputs, tmp_path / "three")]
+    assert len(set(names)) == 4, names
     with Image.open(written[1]) as drawn:
         assert drawn.size == (6 * 50 + 2, 52), "the picture, its upper half, four completions"
     with pytest.raises(UserError, match=r"none of the inputs is an image \(.*note.txt"):
@@ -171,6 +176,30 @@ def test_impossible_settings_and_damaged_files_are_told(trained: tuple[Path, dic
         ImageTokens.load(tmp_path / "copy")
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"timed": 0}, "timed is at least 1, got 0"),
+        ({"prompts": -1}, "prompts is at least 1"),
+        ({"compared": 0}, "compared is at least 1"),
+        ({"images": 0}, "images is at least 1"),
+        ({"windows": ()}, "name at least one of each"),
+        ({"windows": (4, 0)}, "window must be at least 1"),
+        ({"window": -2}, "window must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"top_p": 1.5}, "top-p must lie in"),
+        ({"top_p": float("nan")}, "top-p must lie in"),
+        ({"top_k": -3}, "top-k must be at least 1"),
+        ({"guidance": float("inf")}, "guidance is a finite number"),
+    ],
+)
+def test_impossible_settings_are_told_before_training(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, **changes)
+    with Run.quick(tmp_path, name="speculative-jacobi") as run, pytest.raises(ValueError, match=told):
+        speculative_jacobi.run(config, run)
+    assert not (run.dir / "tokenizer").exists()
+
+
 def test_a_model_of_somebody_else_is_decoded_with_and_without_windows(tmp_path: Path) -> None:
     from isthmus.priors.tiny_lm import tiny_llama
 
@@ -184,6 +213,69 @@ def test_a_model_of_somebody_else_is_decoded_with_and_without_windows(tmp_path: 
     assert 1 / 6 <= metrics["passes_per_token_random_6"]["value"] <= 1
     assert metrics["seconds_generate"]["value"] > 0
     assert "passes_per_token_repeat_vertical_6" not in metrics, "text has no lines"
+    with pytest.raises(UserError, match="trained nothing; give a run without --model"):
+        speculative_jacobi.apply(run.dir, [picture(tmp_path / "a.png")], tmp_path / "out")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="no causal model that transformers can load"):
         _speculative_jacobi_model.load(str(tmp_path / "nothing"))
+    own, settings = _speculative_jacobi_model.load(config.model), _speculative_jacobi_model.Settings()
+    with (
+        Run.quick(tmp_path / "more", name="speculative-jacobi", config=config) as run,
+        pytest.raises(UserError, match="prompts, timed and windows are at least 1"),
+    ):
+        _speculative_jacobi_model.compare(run, own, settings, (4,), ("random",), prompts=1, timed=0)
+
+
+@pytest.mark.parametrize("name", ["chameleon", "emu3", "janus"])
+def test_models_of_pictures_draw_their_image_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--model FOLDER` of the real classes; their weights are those of the folder, not new ones."""
+    from tests.samplers import test_transformers_generate as tiny
+
+    network = {"chameleon": tiny.chameleon, "emu3": tiny.emu3, "janus": tiny.janus}[name]()
+    network.save_pretrained(tmp_path / "model")
+    again = _speculative_jacobi_model.load(str(tmp_path / "model"))
+    assert type(again) is type(network)
+    for key, value in network.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    found = _speculative_jacobi_model.picture_tokens(again)
+    assert found is not None
+    raster = found[1]
+    if name == "emu3":
+        assert (raster.width, raster.end_of_line, list(raster.tokens or [])) == (90, 4, list(range(10, 26)))
+        monkeypatch.setattr(_speculative_jacobi_model, "_EMU3_SIDE", 4)
+    elif name == "chameleon":
+        assert (raster.width, list(raster.tokens or [])) == (8, list(range(4, 20)))
+    else:
+        assert raster.width == 4
+    settings = _speculative_jacobi_model.Settings(guidance=2.0, top_k=9)
+    with Run.quick(tmp_path, name="speculative-jacobi", config=SMALL, max_steps=1) as run:
+        _speculative_jacobi_model.compare(run, again, settings, (1, 4), ("random", "repeat_vertical"), 2, 1)
+    metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
+    assert metrics["greedy_identical"]["value"] == 1
+    assert metrics["passes_per_token_random_1"]["value"] == 1
+    assert 1 / 4 <= metrics["passes_per_token_repeat_vertical_4"]["value"] <= 1
+    assert metrics["seconds_ordinary"]["value"] > 0
+
+
+def test_checkpoints_that_lack_weights_and_guidance_of_text(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from isthmus.priors.tiny_lm import tiny_llama
+
+    torch.manual_seed(0)
+    tiny_llama(30, 1, 16, length=40).save_pretrained(tmp_path)
+    model = _speculative_jacobi_model.load(str(tmp_path))
+    prompt = torch.tensor([[3, 4, 5]])
+    draws = [
+        _speculative_jacobi_model._Text(model, _speculative_jacobi_model.Settings(guidance=scale), 12)
+        for scale in (1.0, 4.0)
+    ]
+    plain, guided = (draw(prompt, None, greedy=True)[0] for draw in draws)
+    assert not torch.equal(plain, guided)
+    decoder = speculative_jacobi.SpeculativeJacobi(4)
+    assert torch.equal(draws[1](prompt, decoder, greedy=True)[0], guided)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights of LlamaForCausalLM: lm_head\.weight \(and 0 more\)"):
+        _speculative_jacobi_model.load(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,13 @@ def large(images: Tensor, columns: int) -> Any:
     factor = max(1, 48 // images.shape[-1])
     images = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     return to_pil_image(make_grid(images, nrow=columns, padding=2, pad_value=0.5))
+
+
+def png(image: Any) -> bytes:
+    """The bytes of a PNG file of an image of :func:`large`."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def lines(found: Mapping[tuple[str, int], float]) -> Figure:

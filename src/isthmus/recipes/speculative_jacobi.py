@@ -15,12 +15,15 @@ In Python, on any causal model::
     from isthmus.samplers.speculative_jacobi import SpeculativeJacobi
     from isthmus.samplers.transformers_generate import custom_generate
     model.generate(**inputs, custom_generate=custom_generate(SpeculativeJacobi(window=16)), do_sample=True)
+
+Image tokens of Chameleon, Anole and Janus need a wrapper, see :mod:`isthmus.samplers.transformers_models`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.codec import UserError
+from isthmus.codec import UserError, write_atomically
 from isthmus.data import evaluation_batches, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
@@ -51,6 +54,7 @@ from isthmus.recipes._image_tokens import (
     train,
 )
 from isthmus.samplers import ordinary
+from isthmus.samplers.logits import top_k_top_p
 from isthmus.samplers.ordinary import Decoded, Sampling
 from isthmus.samplers.raster import Raster, Start
 from isthmus.samplers.speculative_jacobi import SpeculativeJacobi
@@ -67,7 +71,8 @@ class Config:
     data: str = "digits:16"
     """Pictures; any source will do. Labels make the prior conditional on classes."""
     model: str = ""
-    """A causal model of transformers (a folder or a name on the hub) that is decoded in place of one trained here."""
+    """A causal model of transformers (a folder or a name on the hub) that is decoded in place of one trained here;
+    Chameleon, Anole, Emu3 and Janus draw image tokens."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer."""
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -135,6 +140,7 @@ class Config:
 
 def run(config: Config, run: Run) -> None:
     """Judge exactness, train, and compare decoding with and without windows."""
+    _check(config)
     _exact(config, run)
     if config.model:
         _somebody_elses(config, run)
@@ -159,11 +165,13 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     """Draw what might stand below the upper half of every picture, four times, and a sheet of new pictures.
 
     Writes ``NAME-completed.png`` (the picture as its tokens show it, its upper half, and four completions) for every
-    input, and ``new.png``.
+    input, and ``new.png``. Inputs that are no picture are skipped and named.
 
     Raises:
-        UserError: the run did not come to its end, or no input is a picture.
+        UserError: the run did not come to its end or trained nothing, or no input is a picture.
     """
+    if (run_dir / "config.json").is_file() and (model := read_config(run_dir)["config"]["model"]):
+        raise UserError(f"{run_dir} decoded {model} and trained nothing; give a run without --model.")
     pictures = ImageTokens.load(run_dir)
     saved = read_config(run_dir)["config"]
     sampling = _sampling(saved, pictures.raster)
@@ -182,13 +190,15 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     if not found:
         told = f" ({'; '.join(skipped)})" if skipped else ""
         raise UserError(f"none of the inputs is an image{told}; known are {', '.join(IMAGE_SUFFIXES)}.")
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
+    if skipped:
+        sys.stderr.write(f"{len(skipped)} of {len(inputs)} files could not be read: {'; '.join(skipped)}\n")
+    written: list[Path] = []
     for path, image in found:
-        target = out / f"{path.stem}-completed.png"
-        if target in written:
-            target = out / f"{path.stem}-{len(written)}-completed.png"
-        figures.large(_completions(pictures, image, decoder, sampling, generator), 6).save(target)
+        target, number = out / f"{path.stem}-completed.png", len(written)
+        while target in written:
+            target, number = out / f"{path.stem}-{number}-completed.png", number + 1
+        drawn = _completions(pictures, image, decoder, sampling, generator)
+        write_atomically(target, figures.png(figures.large(drawn, 6)))
         written.append(target)
     fresh = decoder.sample(
         pictures.model,
@@ -198,11 +208,25 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
         guidance=pictures.guidance(saved["guidance"]),
         generator=generator,
     )
-    figures.large(pictures.pictures(fresh.tokens), 10).save(out / "new.png")
+    write_atomically(out / "new.png", figures.png(figures.large(pictures.pictures(fresh.tokens), 10)))
     return [*written, out / "new.png"]
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def _check(config: Config) -> None:
+    """Tell what cannot be before anything is trained."""
+    for name in ("images", "compared", "prompts", "timed"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is at least 1, got {getattr(config, name)}.")
+    if not config.windows or not config.starts:
+        raise UserError("windows and starts name at least one of each.")
+    for window in (config.window, *config.windows):
+        SpeculativeJacobi(window, start=config.start)
+    if not math.isfinite(config.guidance):
+        raise UserError(f"guidance is a finite number, got {config.guidance}.")
+    top_k_top_p(torch.zeros(1, 2), config.top_k, config.top_p, config.temperature)
 
 
 def _exact(config: Config, run: Run) -> None:
@@ -220,7 +244,7 @@ def _exact(config: Config, run: Run) -> None:
 
 
 def _somebody_elses(config: Config, run: Run) -> None:
-    settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    settings = foreign.Settings(config.temperature, config.top_k, config.top_p, config.guidance)
     model = foreign.load(config.model)
     foreign.compare(run, model, settings, config.windows, config.starts, config.prompts, config.timed)
     run.note(f"{config.model} was decoded with and without windows; nothing was trained.")
@@ -363,7 +387,7 @@ def _seconds(config: Config, run: Run, bench: _Bench) -> None:
 
 
 def _sampling(config: Mapping[str, Any], raster: Raster) -> Sampling:
-    top_p = config["top_p"] if config["top_p"] < 1 else None
+    top_p = config["top_p"] if config["top_p"] != 1 else None
     return Sampling(config["temperature"], config["top_k"] or None, top_p, raster)
 
 

@@ -184,8 +184,8 @@ class _State:
         if width > 1:
             self._fill(width - 1)
         inputs = self.sequence.gather(1, self._places(width) - 1)
-        # What is fed for rows that have ended does not matter, but the model has to know it. Padding need not be a token,
-        # the prompt may be of another vocabulary; the first token that was drawn is always known.
+        # What is fed for rows that have ended does not matter, but the model has to know it. Padding need not be a
+        # token, and the prompt may be of another vocabulary; the first token that was drawn is always known.
         return torch.where(running[:, None], inputs, self.sequence[:, self.prompt : self.prompt + 1])
 
     def wipe(self, ended: Tensor) -> None:
