@@ -249,13 +249,13 @@ def create_timm(name: str, **kwargs: Any) -> nn.Module:
     """
     import timm
 
-    importlib.import_module("isthmus.encoders")  # registers our own architectures with timm
+    encoders: Any = importlib.import_module("isthmus.encoders")  # registers our own architectures with timm
     if not timm.is_model(name):
         import difflib
 
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise UserError(f"timm has no model {name!r}." + (f" Nearest: {', '.join(near)}." if near else ""))
-    model = timm.create_model(name, **kwargs)
+    model = encoders.convit.of_any_size(timm.create_model(name, **kwargs))
     kept = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path", "cache_dir")}
     object.__setattr__(model, "_timm_spec", {"target": f"timm:{name}", "kwargs": spec_of(kept)})
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor
 
-from isthmus.codec import UserError
+from isthmus.codec import Codec, UserError, create_timm
 from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.convit import GPSA, ConViT, checkpoint_filter_fn, locality, nonlocality, relative_offsets
 from isthmus.layers.sparse_conv.check import check_leaks
@@ -224,6 +225,23 @@ def test_timm_network_is_taken_over_with_its_parameters() -> None:
         old(image(40, 56))
     with pytest.raises(ValueError, match="is not timm's ConViT"):
         ConViT.from_timm(timm.create_model("vit_tiny_patch16_224", depth=1))  # type: ignore[arg-type]
+
+
+def test_named_sizes_take_images_of_any_size_as_encoders(tmp_path: Path) -> None:
+    arguments = {**TINY, "embed_dim": 4}
+    encoder = Backbone("convit_tiny", **arguments).eval()
+    assert type(encoder.model) is ConViT
+    with torch.no_grad():
+        (level,) = encoder(image(27, 61))
+        assert level.shape == (2, 36, 4, 8)
+        again: Any = copy.deepcopy(encoder)
+        assert torch.equal(again(image(27, 61))[0], level)
+        Codec(encoder).save_pretrained(tmp_path)
+        saved: Any = Codec.from_pretrained(tmp_path).eval()
+        assert torch.equal(saved.encoder(image(27, 61))[0], level)
+    theirs_ = timm.create_model("convit_tiny", **arguments)
+    theirs_.load_state_dict(encoder.model.state_dict())
+    assert type(create_timm("vit_tiny_patch16_224", depth=1)).__module__.startswith("timm.")
 
 
 def test_without_local_layers_it_is_a_vision_transformer() -> None:

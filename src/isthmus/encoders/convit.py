@@ -8,7 +8,8 @@ timm has the named sizes (``convit_tiny``, ``convit_small``, ``convit_base``). T
 
 * :class:`GPSA` for any transformer, on grids of any shape, several times faster and without a (B, N, N, 3) tensor;
 * :class:`ConViT`, timm's network with it: images of any size, gradient checkpointing, attention maps on request;
-  ``ConViT.from_timm(timm.create_model("convit_small", pretrained=True))`` takes a network of timm over;
+  ``ConViT.from_timm(timm.create_model("convit_small", pretrained=True))`` takes a network of timm over, as recipes and
+  ``Backbone("convit_small")`` do by themselves;
 * the sizes with heads of 64 that timm lacks: ``convit_tiny_plus``, ``convit_small_plus``, ``convit_base_plus``;
 * what the paper measures: :func:`nonlocality`, the mean distance of attention, and :func:`locality` of every layer.
 """
@@ -428,6 +429,11 @@ class ConViT(convit.ConVit):
         self.num_patches = embed.num_patches
         if self.use_pos_embed:
             self.pos_embed = nn.Parameter(resample_abs_pos_embed(self.pos_embed, list(embed.grid_size), old, 0))
+
+
+def of_any_size(model: nn.Module) -> nn.Module:
+    """:class:`ConViT` around timm's network, which takes images of one size only; any other model as it is."""
+    return ConViT.from_timm(model) if type(model) is convit.ConVit else model
 
 
 def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
