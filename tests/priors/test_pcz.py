@@ -221,6 +221,8 @@ def test_a_file_that_was_changed_and_sealed_again_is_told(colour: PictureCoder) 
     for at, value in (
         (5, bytes([77])),  # mode
         (6, struct.pack("<I", 11)),  # width
+        (6, struct.pack("<II", 2**31, 2**16)),  # more than fits into memory
+        (6, struct.pack("<I", 0)),
         (10, struct.pack("<I", 1)),  # height
         (22, b"otherpix"),
         (header, bytes([pcz._DEFLATE])),

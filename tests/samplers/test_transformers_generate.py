@@ -46,7 +46,7 @@ def llama() -> Any:
 
 def chameleon() -> Any:
     torch.manual_seed(0)
-    images = {f"IMGIMG{letter}Z": 4 + i for i, letter in enumerate("ABCDEFGHIJKLMNOP")}
+    images = {f"IMGIMG{''.join(chr(65 + int(digit)) for digit in str(i))}Z": 4 + i for i in range(16)}
     vq = {**VQ, "in_channels": 3, "resolution": 16}
     config = transformers.ChameleonConfig(**TEXT, vocabulary_map={**images, "<image>": 30}, vq_config=vq)
     return transformers.ChameleonForConditionalGeneration(config).eval()
@@ -245,6 +245,24 @@ def test_chameleon_draws_image_tokens_that_its_forward_rules_out() -> None:
     images_only = Sampling(raster=sampling.raster)
     want = ordinary.sample(model, ids, 16, images_only, greedy=True).tokens
     assert torch.equal(network.generate(ids, custom_generate=inside, **given)[:, 5:], want)
+
+
+def test_pictures_in_chameleons_prompt_are_seen_when_image_tokens_are_drawn() -> None:
+    network, raster = chameleon(), Raster(4, 4, range(4, 20))
+    ids = torch.cat([prompts(1, 3, 40, 90), torch.full((1, 64), 30), prompts(1, 2, 40, 90)], 1)
+    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 16}
+    drawn = []
+    for picture in torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1:
+        faster = custom_generate(SpeculativeJacobi(8), raster, ChameleonImages)
+        out = network.generate(ids, pixel_values=picture, custom_generate=faster, **given)[:, -16:]
+        model = ChameleonImages(network, pixel_values=picture)
+        assert torch.equal(out, ordinary.sample(model, ids, 16, Sampling(raster=raster), greedy=True).tokens)
+        with torch.no_grad():
+            drawn.append(model(ids, None, None, None)[0])
+    assert not torch.equal(*drawn), "another picture, other logits"
+    blind = custom_generate(SpeculativeJacobi(8), raster, lambda model: ChameleonImages(model))
+    with pytest.raises(ValueError, match="takes a prompt of ids only, and generate"):
+        network.generate(ids, pixel_values=picture, custom_generate=blind, **given)
 
 
 def test_emu3_with_guidance_and_a_grammar_given_as_prefix_constraint() -> None:

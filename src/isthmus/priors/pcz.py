@@ -32,7 +32,7 @@ from isthmus.codec import UserError
 from isthmus.priors.circuit import HCLT
 from isthmus.priors.circuit_coding import CircuitCoder
 from isthmus.priors.lifting import decorrelate, recorrelate, residuals, restore
-from isthmus.priors.pictures import MODES, Picture, from_image, pack_extras, to_image, unpack_extras
+from isthmus.priors.pictures import LARGEST, MODES, Picture, from_image, pack_extras, to_image, unpack_extras
 
 _MAGIC, _VERSION = b"\x89PCZ", 1
 _HEADER = struct.Struct("<4sBBII8s8sI")
@@ -136,6 +136,8 @@ class PictureCoder:
         return to_image(picture)
 
     def _decompress(self, body: bytes, mode: str, height: int, width: int, extras_length: int) -> Picture:
+        if not 0 < width * height <= LARGEST:
+            raise UserError(f"{width}x{height} pixels")
         at = _HEADER.size
         extras = unpack_extras(body[at : at + extras_length])
         at += extras_length

@@ -18,7 +18,8 @@ from isthmus.codec import UserError
 
 #: Pillow's modes that are kept, with how many planes each has. Their place in this list is written into files.
 MODES = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "P": 1}
-_LARGEST = 2**28  # pixels
+#: Most pixels of a picture.
+LARGEST = 2**28
 _BYTES = ("palette", "icc_profile", "exif")
 
 
@@ -80,8 +81,8 @@ def from_image(image: Image.Image, name: str = "the picture") -> Picture:
         image = image.convert("RGBA")
     if image.mode not in MODES:
         raise UserError(f"{name} has the colour mode {image.mode}, which .pcz does not keep; convert it to RGB first.")
-    if image.width * image.height > _LARGEST:
-        raise UserError(f"{name} has {image.width}x{image.height} pixels; .pcz holds up to {_LARGEST}.")
+    if image.width * image.height > LARGEST:
+        raise UserError(f"{name} has {image.width}x{image.height} pixels; .pcz holds up to {LARGEST}.")
     if not image.width * image.height:
         raise UserError(f"{name} is {image.width}x{image.height}: there are no pixels.")
     info = image.info

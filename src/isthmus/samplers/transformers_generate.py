@@ -11,6 +11,7 @@ stopping criteria, prefix constraints, several sequences a prompt) is kept, only
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,8 @@ class custom_generate:
         decoder: the sampler's settings.
         raster: the image's grammar and lines, for first guesses from neighbours; prefix constraints given to
             ``generate`` do as well, but more slowly.
-        wrap: makes the :class:`~isthmus.samplers.LogitModel`, for instance ``ChameleonImages``.
+        wrap: makes the :class:`~isthmus.samplers.LogitModel`, for instance ``ChameleonImages``; pictures in the prompt
+            are handed to it by name.
         streamer: gets the tokens of every pass, of a single row; give it to ``generate`` as well, which puts the prompt
             into it but hands no streamer on.
 
@@ -56,7 +58,7 @@ class custom_generate:
         self,
         decoder: SpeculativeJacobi | None = None,
         raster: Raster | None = None,
-        wrap: Callable[[Any], LogitModel] | None = None,
+        wrap: Callable[..., LogitModel] | None = None,
         streamer: Any = None,
     ) -> None:
         self.decoder = SpeculativeJacobi() if decoder is None else decoder
@@ -90,7 +92,7 @@ class custom_generate:
             )
         if config.do_sample and self.decoder.scheme == "jacobi":
             raise ValueError("the scheme jacobi decodes greedily; call generate(do_sample=False), or choose another.")
-        wrapped = CausalModel(model, **first) if self.wrap is None else self.wrap(model)
+        wrapped = _wrapped(model, CausalModel if self.wrap is None else self.wrap, first)
         pad = config._pad_token_tensor
         scores = _Processors(processors, input_ids.shape[1], self.raster)
         decoder = self.decoder if config.do_sample else dataclasses.replace(self.decoder, scheme="jacobi")
@@ -125,6 +127,14 @@ def _says_something(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_says_something(each) for each in value.values())
     return value is not None and value is not False
+
+
+def _wrapped(model: Any, wrap: Callable[..., LogitModel], first: dict[str, Any]) -> LogitModel:
+    """The model with what its prompt brings along, such as pictures; nothing of that may be lost without a word."""
+    if first and not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(wrap).parameters.values()):
+        name = getattr(wrap, "__name__", type(wrap).__name__)
+        raise ValueError(f"{name} takes a prompt of ids only, and generate() was given {', '.join(sorted(first))} too.")
+    return wrap(model, **first)
 
 
 def _check(model: Any, config: Any) -> None:

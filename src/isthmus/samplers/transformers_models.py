@@ -45,16 +45,20 @@ class ChameleonImages:
     """Chameleon and Anole with their image tokens, which ``ChameleonForConditionalGeneration.forward`` rules out.
 
     ``image_tokens`` are the ids for a raster: ``Raster(32, 32, tokens=model.image_tokens)``.
+
+    Args:
+        model: the model, in evaluation mode.
+        first: more arguments for the first call only, such as ``pixel_values`` of pictures in the prompt.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, **first: Any) -> None:
+        self.model, self.first = model, first
         self.forward = _Remembering(model.model)
         self.image_tokens: list[int] = sorted(int(token) for token in model.model.vocabulary_mapping.image_tokens)
 
     def __call__(self, inputs: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Any]:
         """Ids ``(B, L)`` to logits ``(B, L, V)`` of text and image tokens, and the cache."""
-        out, cache = self.forward(inputs, cache, positions, mask)
+        out, cache = self.forward(inputs, cache, positions, mask, **(self.first if cache is None else {}))
         return self.model.lm_head(out.last_hidden_state), cache
 
 
