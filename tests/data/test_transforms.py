@@ -230,3 +230,12 @@ def test_a_single_sample_is_a_batch_of_one():
     one, many = transform.one(sample, generator()), transform(batch, generator())
     for key in ("image", "mask", "boxes", "labels"):
         assert np.array_equal(one[key], many[key][0])
+
+
+def test_pictures_of_one_pixel_come_out() -> None:
+    batch = {"image": torch.full((2, 3, 5, 9), 200, dtype=torch.uint8), "index": torch.arange(2)}
+    out = Compose([Resize(1), CenterCrop(1)])(batch, torch.Generator())["image"]
+    assert out.shape == (2, 3, 1, 1)
+    torch.testing.assert_close(
+        out.float() / (255 if out.dtype == torch.uint8 else 1), torch.full((2, 3, 1, 1), 200 / 255)
+    )

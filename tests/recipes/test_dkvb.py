@@ -220,6 +220,8 @@ def test_pictures_of_any_form_are_classified(trained: tuple[Path, dict[str, Any]
         ({"encoder": "resnet10t", "weights": "nowhere.safetensors"}, "there is no checkpoint nowhere.safetensors"),
         ({"encoder": "resnet10t", "pretrained": True}, "weights of resnet10t cannot be had.*give them with --weights"),
         ({"encoder": "resnet10t", "reduction": 5}, "levels of reduction"),
+        ({"size": 0}, "size must be 1 or more, got 0"),
+        ({"weights": "some.pth"}, "pixels have no weights.*--encoder"),
         ({"codebooks": 0}, "codebooks and the width of a query must be 1 or more"),
         ({"splitter": "chunk", "codebooks": 0}, "codebooks and the width of a query must be 1 or more"),
         ({"key_dim": -1}, "width of a query must be 1 or more"),

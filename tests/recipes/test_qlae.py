@@ -122,6 +122,16 @@ def test_pictures_without_causes_are_coded_all_the_same(tmp_path: Path) -> None:
     assert qlae.load(folder)[1].names == [f"latent {i}" for i in range(4)]
 
 
+def test_too_few_pictures_for_the_scores_leave_a_codec_and_a_note(tmp_path: Path) -> None:
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8)):
+        (tmp_path / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png")
+    folder, report = ran(tmp_path, replace(SMALL, data=f"folder:{tmp_path / 'pictures'}", arms=("ae",)))
+    assert "infom_ae" not in report["metrics"]
+    assert any("10 neighbours need more samples" in note for note in report["notes"])
+    assert qlae.load(folder)[1].size == 16
+
+
 def test_any_timm_encoder_and_the_published_kind_of_network(tmp_path: Path) -> None:
     config = replace(SMALL, size=32, data="discs:32", arms=("qlae", "vae"), measured=60)
     for encoder in ("resnet10t", "vit_tiny_patch16_224"):

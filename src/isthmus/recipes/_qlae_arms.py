@@ -254,5 +254,8 @@ def measure(run: Run, codec: Codec, images: Tensor, sources: Tensor) -> Measured
     if sources.numel():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its notes go into the report
-            scores = infomec(sources, z, discrete)
+            try:
+                scores = infomec(sources, z, discrete)
+            except ValueError as error:  # too few pictures, say; the codec is of use all the same
+                run.note(f"There is no InfoMEC of these latents: {error}")
     return Measured(codec, z, discrete, psnr, scores)

@@ -320,6 +320,10 @@ class _Convnet(nn.Module):
 
 def _encoder(config: Config, images: Dataset, classes: list[str]) -> tuple[Embedding, Pictures]:
     """The frozen encoder, and how pictures are made ready for it."""
+    if config.size is not None and config.size < 1:
+        raise UserError(f"size must be 1 or more, got {config.size}.")
+    if config.encoder == "pixels" and (config.weights is not None or config.pretrained):
+        raise UserError("pixels have no weights; give the network that --weights or --pretrained is for: --encoder.")
     own = images.image_size or tuple(images[0]["image"].shape[-2:])
     if config.encoder == "pixels":
         size = config.size or min(own)
