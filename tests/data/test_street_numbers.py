@@ -65,3 +65,9 @@ def test_the_box_of_a_number_is_enlarged_and_cut_at_the_border() -> None:
 def test_refuses_impossible_pictures(source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(source)
+
+
+def test_boxes_beside_the_picture_still_cut_something_out() -> None:
+    for box in ([50.0, 2.0, 60.0, 8.0], [2.0, 40.0, 8.0, 44.0], [-30.0, -20.0, -10.0, -5.0]):
+        batch = {"image": torch.rand(1, 3, 12, 20), "boxes": [torch.tensor([box])]}
+        assert NumberBox(8)(batch, torch.Generator())["image"].shape == (1, 3, 8, 8)

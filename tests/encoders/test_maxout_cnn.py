@@ -68,6 +68,9 @@ def test_says_what_is_wrong() -> None:
         MaxoutCNN((1, 8), (4, 4), strides=(2, 2), ceil=False, local=0, dense=())
     with pytest.raises(ValueError, match=r"takes \(B, 3, 16, 16\)"):
         MaxoutCNN(16, (4,), strides=(2,), local=0)(torch.rand(1, 3, 20, 16))
+    for wrong in ({"pieces": 0}, {"widths": (0,)}, {"dense": (-1,)}):
+        with pytest.raises(ValueError, match="must be 1 or more"):
+            MaxoutCNN(**{"size": 16, "widths": (4,), "strides": (2,), **wrong})
     with pytest.raises(ValueError, match="odd"):
         MaxoutCNN(16, (4,), kernel=4, strides=(2,))
     with pytest.raises(ValueError, match="stride by 1 or 2"):

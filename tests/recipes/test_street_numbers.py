@@ -95,6 +95,8 @@ def test_says_what_is_wrong(tmp_path: Path) -> None:
     with Run.quick(tmp_path, name="street-numbers") as run:
         with pytest.raises(UserError, match="accuracy must lie"):
             street_numbers.run(Config(accuracy=98), run)
+        with pytest.raises(UserError, match="smaller than the window"):
+            street_numbers.run(Config(resize=(64, 8)), run)
         with pytest.raises(UserError, match="no labels, caption or label"):
             street_numbers.run(Config(data=f"folder:{tmp_path / 'plain'}"), run)
 

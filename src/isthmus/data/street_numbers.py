@@ -193,7 +193,8 @@ class NumberBox(Transform):
                 continue
             (left, top), (right, bottom) = boxes[:, :2].amin(0).tolist(), boxes[:, 2:].amax(0).tolist()
             wide, high = self.margin / 2 * (right - left), self.margin / 2 * (bottom - top)
-            top, left = max(0, round(top - high)), max(0, round(left - wide))
+            # A box wholly beside the picture (there are such in real data) keeps its nearest row or column.
+            top, left = min(max(0, round(top - high)), height - 1), min(max(0, round(left - wide)), width - 1)
             bottom, right = min(height, round(bottom + high)), min(width, round(right + wide))
             windows.append((top, left, max(1, bottom - top), max(1, right - left)))
         kept = {key: value for key, value in batch.items() if key not in ("boxes", "labels")}

@@ -178,6 +178,11 @@ class MaxoutCNN(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         if len(widths) != len(strides) or not widths:
             raise ValueError(f"every layer has a width and a stride; got {len(widths)} and {len(strides)}.")
+        if min(*widths, *dense, pieces, kernel) < 1:
+            raise ValueError(
+                f"widths, dense layers, pieces and kernel must be 1 or more, got {tuple(widths)}, {tuple(dense)}, "
+                f"{pieces} and {kernel}."
+            )
         if kernel % 2 == 0:
             raise ValueError(f"kernels are odd, got {kernel}.")
         self.size, self.centre = (height, width), centre

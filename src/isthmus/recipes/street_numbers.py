@@ -113,7 +113,8 @@ class Config:
     def paper(cls) -> Config:
         """The best network for public SVHN; learning rate and schedule were never told, so these are a modern run's.
 
-        ``--data parquet:PATH`` of full numbers with ``image``, ``labels`` and ``boxes`` of the digits.
+        ``--data parquet:PATH`` of full numbers with ``image``, ``labels`` and ``boxes`` of the digits. The hub's extra
+        202,353 numbers, which the paper trains on as well, are not read; join them to the training part in such a file.
         """
         return cls(
             data="hub:ufldl-stanford/svhn?config=full_numbers&boxes=digits.bbox&labels=digits.label&boxes_format=xywh",
@@ -140,6 +141,8 @@ def run(config: Config, run: Run) -> None:
     """Train the readers, compare them, choose the threshold, draw the curve."""
     if not 0 < config.accuracy <= 1:
         raise UserError(f"--accuracy must lie in (0, 1], got {config.accuracy}.")
+    if any(config.resize) and not all(a >= b for a, b in zip(config.resize, config.size, strict=True)):
+        raise UserError(f"--resize {config.resize} is smaller than the window --size {config.size} cut out of it.")
     parts = {
         split: _dataset(config, split, count, run.seed)
         for split, count in (("train", config.images), ("val", config.test_images), ("test", config.test_images))
