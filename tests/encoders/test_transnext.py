@@ -221,6 +221,13 @@ def test_half_precision_and_autocast_are_finite() -> None:
         assert torch.isfinite(tiny(bias_mode="interpolate", img_size=96).half()(x.half())).all()
 
 
+def test_exported_network_computes_the_same() -> None:
+    model, x = tiny(depths=(1, 0, 0, 1)), image()
+    exported = torch.export.export(model, (x,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x), model(x))
+
+
 def test_dropout_and_drop_path_act_in_training_only() -> None:
     model = tiny(attn_drop_rate=0.5, drop_path_rate=0.5)
     with torch.no_grad():

@@ -84,7 +84,10 @@ class _Scores(torch.autograd.Function):
             q, views = _rows(queries[some], window), _views(_margin(keys[some], window), keys.shape, window)
             lines = q.new_empty(*q.shape[:2], len(views), q.shape[3])
             for o, view in enumerate(views):
-                torch.sum(q * view, 2, out=lines[:, :, o])
+                if torch.compiler.is_compiling():  # a graph that is exported with gradients has no out=
+                    lines[:, :, o] = (q * view).sum(2)
+                else:
+                    torch.sum(q * view, 2, out=lines[:, :, o])
             scores[some] = _cut(lines, keys.shape)
         return scores
 
