@@ -85,10 +85,11 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(B, C, H, W)`` → ``(B, C, ceil(H / stride), ceil(W / stride))``."""
-        if self.backend == "direct":
-            return super().forward(input)
         if self.backend == "fft":
             return _fft(input, self.weight, self.bias)
+        pad: Any = self.padding
+        if self.backend == "direct" or (max(pad) < _FORWARD_LIMIT and not torch.is_grad_enabled()):
+            return super().forward(input)
         return depthwise_conv2d(input, self.weight, self.bias, self.stride[0], self.dilation[0])
 
 
