@@ -74,12 +74,25 @@ def test_takes_a_persons_own_network(tmp_path: Path) -> None:
         ({"checkpoint": "x.pth"}, "give --encoder"),
         ({"crop": 40}, "must lie below --view 30"),
         ({"crop": 29}, "two pixels more"),
+        ({"size": -1}, "0 or more"),
+        ({"score": "best"}, "--score is hash, mean, saliency"),
+        ({"encoder": "vit_tiny_patch16_224"}, r"does not take pictures of 16×16 pixels .* give --size"),
     ],
 )
 def test_impossible_settings_are_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = Config(**{**SMALL, **changes})
     with Run.quick(tmp_path, name="crop-selection", config=config) as run, pytest.raises(UserError, match=message):
         crop_selection.run(config, run)
+
+
+def test_a_network_of_other_classes_is_refused_and_pixels_are_normalised_as_it_wants(tmp_path: Path) -> None:
+    save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "mine.safetensors")
+    config = Config(**SMALL, encoder="resnet10t", checkpoint=str(tmp_path / "mine.safetensors"), size=32)
+    with Run.quick(tmp_path, name="crop-selection", config=config) as run, pytest.raises(UserError, match="tells 3"):
+        crop_selection.run(config, run)
+    half = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert crop_selection._selecting(config, half, 16).mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert tuple(crop_selection._normalise(PatchNet(2)).mean) == (0.485, 0.456, 0.406)
 
 
 def test_the_twin_has_as_many_parameters() -> None:

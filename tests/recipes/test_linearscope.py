@@ -63,11 +63,28 @@ def test_looks_into_a_timm_model(tmp_path: Path) -> None:
     assert not run.phases
 
 
+def test_a_network_of_other_classes_is_looked_into_without_accuracies(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=3)
+    save_file(network.state_dict(), tmp_path / "mine.safetensors")
+    config = Config(encoder="resnet10t", checkpoint=str(tmp_path / "mine.safetensors"), size=32, looked_at=1)
+    with Run.quick(tmp_path, name="linearscope", config=config) as run:
+        linearscope.run(config, run)
+    report = json.loads((run.dir / "report.json").read_text())
+    assert "fidelity_classifier" in report["metrics"]
+    assert "accuracy" not in report["metrics"]
+    assert linearscope._sized(Config(encoder="resnet10t"), network).size == 176
+    assert linearscope._sized(Config(), None).size == 8
+
+
 def test_says_what_is_wrong(tmp_path: Path) -> None:
     with Run.quick(tmp_path, name="linearscope") as run:
         with pytest.raises(UserError, match="--size must be even"):
             linearscope.run(Config(size=7), run)
         with pytest.raises(UserError, match="refuse or freeze"):
             linearscope.run(Config(gates="melt"), run)
+        for wrong in ({"width": 0}, {"triplets": 0}, {"looked_at": -1}, {"size": -2}, {"checkpoint": "x.pth"}):
+            with pytest.raises(UserError, match=r"must be [01] or more|give --encoder"):
+                linearscope.run(Config(**wrong), run)  # type: ignore[arg-type]
         with pytest.raises(UserError, match="there is no checkpoint"):
             linearscope.run(Config(encoder="resnet10t", checkpoint="none.pth"), run)

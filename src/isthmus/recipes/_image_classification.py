@@ -290,6 +290,30 @@ def look(run: Run, network: nn.Module, classes: Sequence[str], dataset: Dataset,
     run.figure("examples", pictures, "Held-out images, and what the network says; red is wrong.")
 
 
+def answers(network: nn.Module, name: str, size: int) -> int:
+    """How many classes a network tells apart.
+
+    Raises:
+        UserError: it cannot see pictures of ``size`` × ``size`` pixels.
+    """
+    mode = network.training
+    like = next(network.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            return network.eval()(torch.zeros(1, 3, size, size, device=like.device)).shape[-1]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{name} does not take pictures of {size}×{size} pixels ({reason}); give --size.") from error
+    finally:
+        network.train(mode)
+
+
+def pixels_of(network: nn.Module | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that pictures are normalised with for a timm model; ImageNet's for others."""
+    told: Any = getattr(network, "pretrained_cfg", None) or {}
+    return tuple(told.get("mean", IMAGENET[0])), tuple(told.get("std", IMAGENET[1]))
+
+
 def keep(run: Run, network: nn.Module, classes: Sequence[str], text: str) -> None:
     """Save a trained network with the names of its classes, for :func:`classify` and for timm."""
     if run.is_first:

@@ -34,7 +34,7 @@ from isthmus.data.transforms import CenterCrop, Compose, RandomCrop, Resize
 from isthmus.encoders.trained import trained
 from isthmus.engine import Run, Training, read_config
 from isthmus.recipes import _image_classification as shared
-from isthmus.robustness.crop_selection import CropSelection, same_crop_probability
+from isthmus.robustness.crop_selection import SCORES, CropSelection, same_crop_probability
 from isthmus.robustness.shifts import EIGHT, FOUR, Stability, stability, view
 
 needs = ("image", "label")
@@ -122,6 +122,9 @@ def run(config: Config, run: Run) -> None:
     networks: dict[str, nn.Module] = {}
     if config.checkpoint:
         networks["plain"] = trained(config.encoder, config.checkpoint)
+        told = shared.answers(networks["plain"], config.encoder, config.size or config.crop)
+        if told != len(classes):
+            raise UserError(f"{config.checkpoint} tells {told} classes apart, {config.data} has {len(classes)}.")
         run.log(f"{config.encoder} from {config.checkpoint}; {len(held_out)} images to shift.")
     else:
         train_set = _dataset(config, "train", config.images, run.seed)
@@ -130,7 +133,8 @@ def run(config: Config, run: Run) -> None:
         for kind in kinds:
             run.seed_everything("network")
             network = _network(config, len(classes), kind == "antialiased")
-            crop = Compose([*_source(config).transforms, RandomCrop(config.crop), *_sized(config), shared.Normalize()])
+            shared.answers(network, config.encoder or kind, config.size or config.crop)
+            crop = Compose([*_source(config).transforms, RandomCrop(config.crop), *_sized(config), _normalise(network)])
             shared.train(run, kind, network, train_set, config.training, crop)
             networks[kind] = network
     for network in networks.values():
@@ -208,7 +212,7 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
 def _measure(run: Run, config: Config, networks: dict[str, nn.Module], held_out: Dataset) -> None:
     """Accuracy, flips and fooled images of every way to answer."""
     plain = networks["plain"]
-    normalise = shared.Normalize()
+    normalise = _normalise(plain)
     shifts = EIGHT if config.diagonals else FOUR
 
     def centred(network: nn.Module) -> Predict:
@@ -318,6 +322,10 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} must lie below --view {config.view}, got {getattr(config, name)}."
             )
+    if config.size < 0 or config.images < 0 or config.test_images < 0:
+        raise UserError("--size, --images and --test-images must be 0 or more.")
+    if config.score not in SCORES:
+        raise UserError(f"--score is {', '.join(SCORES)}; got {config.score!r}.")
     if config.view - 2 < config.crop:
         raise UserError(f"--view {config.view} leaves a crop of {config.crop} no room; it needs two pixels more.")
 
@@ -329,11 +337,15 @@ def _network(config: Config, classes: int, antialiased: bool = False) -> nn.Modu
 
 
 def _selecting(config: Config, network: nn.Module, crop: int, **changes: Any) -> CropSelection:
-    mean, std = shared.IMAGENET
+    mean, std = shared.pixels_of(network)
     options = {"size": config.size or None, "score": config.score, **changes}
     chooser = CropSelection(network, crop, mean=mean, std=std, **options)
     like = next(network.parameters(), torch.empty(0))
     return chooser.to(like.device).eval()
+
+
+def _normalise(network: nn.Module) -> shared.Normalize:
+    return shared.Normalize(*shared.pixels_of(network))
 
 
 def _source(config: Config) -> Compose:

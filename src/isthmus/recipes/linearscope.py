@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,8 +51,8 @@ class Config:
     """A timm classifier to look into; small networks that are trained here without it."""
     checkpoint: str = ""
     """Its weights; timm's own pre-trained ones are loaded without it."""
-    size: int = 8
-    """Pixels a side of what the networks see."""
+    size: int = 0
+    """Pixels a side of what the networks see; 0 is 8 for the small networks, and what a timm model is made for."""
     width: int = 16
     """Channels of the first convolution of the classifiers; twice as many in the others."""
     looked_at: int = 0
@@ -133,14 +133,18 @@ class Restoration(nn.Module):
 
 def run(config: Config, run: Run) -> None:
     """Train the small networks or take a timm model, and look into them."""
-    if config.gates not in ("refuse", "freeze"):
-        raise UserError(f"--gates is refuse or freeze, got {config.gates!r}.")
+    _check(config)
     held_out = load(config.data, "test", needs, run.seed)
     classes = shared.class_names(held_out)
     if config.encoder:
-        network = _timm(config).to(run.fabric.device)
-        _look(run, config, network, held_out, "classifier", classes)
+        network = _timm(config)
+        config, outputs = _sized(config, network), _outputs(config, network)
+        if outputs != len(classes):
+            run.note(f"{config.encoder} has {outputs} outputs, {config.data} {len(classes)} classes: no accuracies.")
+            classes = [str(number) for number in range(outputs)]
+        _look(run, config, network.to(run.fabric.device), held_out, "classifier", classes)
         return
+    config = _sized(config, None)
     if config.size % 2:
         raise UserError(f"--size must be even, because maps are halved; got {config.size}.")
     train_set = load(config.data, "train+val", needs, run.seed)
@@ -201,6 +205,7 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
         network = Classifier(len(classes), config.width)
         load_weights(network, path)
     network.eval()
+    config = _sized(config, network if config.encoder else None)
     found: dict[str, Any] = {}
     drawn: list[tuple[Path, Figure]] = []
     for source in inputs:
@@ -209,7 +214,7 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
         except Unreadable as error:
             found[str(source)] = {"skipped": str(error)}
             continue
-        x = _prepared(config)({"image": image[None].float() / 255}, torch.Generator())["image"]
+        x = _prepared(config, network)({"image": image[None].float() / 255}, torch.Generator())["image"]
         scope = LinearScope(network, x, gates=cast(Any, config.gates))
         best = int(scope.y.argmax())
         target = out / f"{source.stem}-scope.png"
@@ -245,13 +250,14 @@ def _look(
     """A classifier's accuracy from all, from F x and from r; drawings of what pixels add."""
     network.eval()
     found = _accuracies(run, config, network, held_out)
-    run.metric("accuracy", found["whole"])
-    run.metric("accuracy_without_r", found["without_r"])
-    run.metric("accuracy_from_r_alone", found["from_r"])
-    run.metric("drop_without_r", found["whole"] - found["without_r"])
+    if classes == shared.class_names(held_out):
+        run.metric("accuracy", found["whole"])
+        run.metric("accuracy_without_r", found["without_r"])
+        run.metric("accuracy_from_r_alone", found["from_r"])
+        run.metric("drop_without_r", found["whole"] - found["without_r"])
     run.metric("residual_share_classifier", found["residual"])
     run.metric("fidelity_classifier", found["error"])
-    image = _images(run, config, held_out.select(np.arange(1)))[0][0]
+    image = _images(run, config, held_out.select(np.arange(1)), network)[0][0]
     scope = LinearScope(network, image[None], gates=cast(Any, config.gates))
     best = int(scope.y.argmax())
     told = classes[best] if best < len(classes) else str(best)
@@ -272,7 +278,7 @@ def _look(
 
 def _accuracies(run: Run, config: Config, network: nn.Module, held_out: Dataset) -> dict[str, float]:
     """Accuracy of y, of F x and of r; mean of ‖r‖ over ‖y‖ around the mean over classes; the largest error."""
-    images, labels = _images(run, config, _first(held_out, config.looked_at))
+    images, labels = _images(run, config, _first(held_out, config.looked_at), network)
     right = {"whole": 0, "without_r": 0, "from_r": 0}
     shares, error = [], 0.0
     for image, label in zip(images, labels.tolist(), strict=True):
@@ -373,12 +379,35 @@ def _timm(config: Config) -> nn.Module:
         ) from error
 
 
+def _check(config: Config) -> None:
+    if config.gates not in ("refuse", "freeze"):
+        raise UserError(f"--gates is refuse or freeze, got {config.gates!r}.")
+    if config.checkpoint and not config.encoder:
+        raise UserError("a checkpoint needs the name of its network: give --encoder too.")
+    if config.size < 0 or config.looked_at < 0:
+        raise UserError("--size and --looked-at must be 0 or more.")
+    if config.width < 1 or config.triplets < 1:
+        raise UserError("--width and --triplets must be 1 or more.")
+
+
+def _sized(config: Config, network: nn.Module | None) -> Config:
+    """With the size that was left open."""
+    made_for: Any = getattr(network, "pretrained_cfg", None) or {"input_size": (3, 8, 8)}
+    return replace(config, size=config.size or int(made_for["input_size"][-1]))
+
+
+def _outputs(config: Config, network: nn.Module) -> int:
+    """How many numbers the network answers; fails where it cannot see pictures of that size."""
+    return shared.answers(network, config.encoder, _sized(config, network).size)
+
+
 def _raw(config: Config) -> Compose:
     return Compose([Resize(config.size), CenterCrop(config.size)])
 
 
-def _prepared(config: Config) -> Compose:
-    normalise = [shared.Normalize()] if config.encoder else []
+def _prepared(config: Config, network: nn.Module | None) -> Compose:
+    """A timm model's pictures are normalised as it was trained on them, others are not."""
+    normalise = [shared.Normalize(*shared.pixels_of(network))] if config.encoder else []
     return Compose([Resize(config.size), CenterCrop(config.size), *normalise])
 
 
@@ -386,7 +415,7 @@ def _first(dataset: Dataset, count: int) -> Dataset:
     return dataset.select(np.arange(min(count, len(dataset)))) if count else dataset
 
 
-def _images(run: Run, config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    batches = list(evaluation_batches(dataset, 256, transform=_prepared(config)))
+def _images(run: Run, config: Config, dataset: Dataset, network: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    batches = list(evaluation_batches(dataset, 256, transform=_prepared(config, network)))
     images = torch.cat([batch["image"] for batch in batches])
     return run.fabric.to_device(images), torch.cat([batch["label"] for batch in batches])

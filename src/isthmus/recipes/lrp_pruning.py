@@ -301,7 +301,7 @@ def _network(
     mean, std = tuple(made_for.get("mean", shared.IMAGENET[0])), tuple(made_for.get("std", shared.IMAGENET[1]))
     wanted = int(made_for.get("input_size", (3, min(own), min(own)))[-1])
     size = config.size or (wanted if config.checkpoint or config.pretrained else min(own))
-    answers = _answers(network, name, size)
+    answers = shared.answers(network, name, size)
     if config.checkpoint and answers != len(classes):
         raise UserError(f"{config.checkpoint} tells {answers} classes apart, {config.data} has {len(classes)}.")
     if not config.checkpoint:
@@ -309,19 +309,6 @@ def _network(
         transform, _ = shared.transforms(size, len(classes), changes, mean, std)
         shared.train(run, "network", network, train, config.training, transform)
     return network, size, mean, std
-
-
-def _answers(network: nn.Module, name: str, size: int) -> int:
-    """How many classes it tells apart; fails here, with advice, where it cannot see pictures of that size."""
-    mode = network.training
-    try:
-        with torch.no_grad():
-            return network.eval()(torch.zeros(1, 3, size, size)).shape[-1]
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{name} does not take pictures of {size}×{size} pixels ({reason}); give --size.") from error
-    finally:
-        network.train(mode)
 
 
 def _layers(config: Config, network: nn.Module) -> list[str]:
