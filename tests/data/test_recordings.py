@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,13 @@ def test_a_rate_resamples_every_file(tmp_path: Path) -> None:
     for options in ("rate=fast", "rate=-1", "start=1&stop=0"):
         with pytest.raises(UserError, match="start"):
             load(f"meg:{path}?{options}", "all", ("signal",))
+
+
+def test_a_missing_mne_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one-epo.fif").write_bytes(b"whatever")
+    monkeypatch.setitem(sys.modules, "mne", None)
+    with pytest.raises(UserError, match=r"pip install 'isthmus\[brain\]'"):
+        read(tmp_path / "one-epo.fif")
 
 
 def test_broken_recordings_say_what_is_wrong(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.codec import UserError
+from isthmus.codec import UserError, extra
 from isthmus.data.dataset import Memory, pick_needs
 from isthmus.data.splits import PARTS, divide, row_fractions
 
@@ -174,8 +174,7 @@ def sensor_positions(info: Any, picks: Sequence[int]) -> Tensor:
 
 
 def _read_fif(path: Path, start: float, stop: float) -> Recording:
-    import mne
-
+    mne = extra("mne", "brain")
     try:
         try:
             return from_epochs(mne.read_epochs(path, preload=True, verbose="ERROR"))

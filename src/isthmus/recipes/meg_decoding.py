@@ -210,7 +210,7 @@ def convert(path: Path, out: Path) -> Path:
 
 _GEOMETRY = {
     "ctf275": "the canonical CTF-275 and MNE's forward model",
-    "sphere": "a spherical helmet and the formula of a dipole in a sphere, because MNE is not installed",
+    "sphere": "a spherical helmet and the formula of a dipole in a sphere, as asked or because MNE is not installed",
 }
 
 
