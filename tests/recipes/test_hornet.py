@@ -102,6 +102,7 @@ def test_any_network_and_filters_are_trained(tmp_path: Path) -> None:
     for number, config in enumerate(
         (
             Config(**common, encoder="convnext_atto", size=32),
+            Config(**common, encoder="vit_tiny_patch16_224", size=32),
             Config(**common, global_filter=True, dims=(8, 8, 16, 32), depths=(1, 1, 1, 1), drop_path=0.1),
         )
     ):

@@ -146,12 +146,13 @@ def test_what_cannot_be_is_refused(config: Config, message: str, tmp_path: Path)
 
 
 def test_any_network_of_timm_is_trained_alone(tmp_path: Path) -> None:
-    for name in ("metamixer_ffnet_1", "resnet10t"):
+    for name in ("metamixer_ffnet_1", "resnet10t", "vit_tiny_patch16_224"):
         config = Config(
             encoder=name,
             data="random:32",
             test_images=8,
-            rounds=0,
+            latency_size=64,
+            rounds=1,
             drop_path=0.1 if name.startswith("meta") else 0.0,
             training=Training(steps=1, batch_size=4),
         )

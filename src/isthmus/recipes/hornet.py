@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from isthmus.codec import Loss, UserError, create_timm
 from isthmus.data import load
+from isthmus.encoders.backbone import made_for
 from isthmus.encoders.hornet import HorNet, convert_official
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
@@ -324,7 +325,8 @@ def _maps(maps: Mapping[str, Tensor], mask: Tensor) -> Figure:
 def _network(config: Config, classes: int) -> nn.Module:
     if config.encoder:
         drop = {"drop_path_rate": config.drop_path} if config.drop_path else {}  # not every network has it
-        return create_timm(config.encoder, num_classes=classes, **drop)
+        sized = made_for(config.encoder, config.size)  # transformers have positions for one size
+        return create_timm(config.encoder, num_classes=classes, **sized, **drop)
     sides = [config.size // (config.stem_stride * 2**i) for i in range(4)]
     filters = [None, None, *((side, side // 2 + 1) for side in sides[2:])] if config.global_filter else None
     return HorNet(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError, create_timm
 from isthmus.data import load
+from isthmus.encoders.backbone import made_for
 from isthmus.encoders.metamixer import MixerNet
 from isthmus.engine import Run, Training, read_config
 from isthmus.layers.metamixer import ConvNorm, ffnified_attention, reparam_depthwise, self_attention
@@ -158,7 +159,8 @@ def run(config: Config, run: Run) -> None:
         probe = torch.randn(4, 3, config.size, config.size, generator=run.generator("probe")).to(run.fabric.device)
         merging = max(merging, _difference(merged, trained, probe))
         if config.rounds:
-            image = torch.randn(1, 3, config.latency_size, config.latency_size, generator=run.generator("image"))
+            side = config.size if made_for(config.encoder, -1) else config.latency_size
+            image = torch.randn(1, 3, side, side, generator=run.generator("image"))
             seconds[name] = _latency(merged.to("cpu"), image, config.rounds)
             run.metric(f"latency_{name}", 1000 * seconds[name], unit="ms")
     run.metric("merging_error", merging)
@@ -250,7 +252,8 @@ def _makers(config: Config) -> dict[str, Callable[[int], nn.Module]]:
     """What is trained: name → a network for so many classes."""
     if config.encoder:
         drop = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-        return {config.encoder: lambda classes: create_timm(config.encoder, num_classes=classes, **drop)}
+        sized = made_for(config.encoder, config.size)  # transformers have positions for one size
+        return {config.encoder: lambda classes: create_timm(config.encoder, num_classes=classes, **sized, **drop)}
     if not config.mixers:
         raise UserError("no mixer to compare; name one in mixers, or a network in encoder.")
 
