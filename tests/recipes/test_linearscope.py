@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -61,6 +62,10 @@ def test_looks_into_a_timm_model(tmp_path: Path) -> None:
         linearscope.run(config, run)
     assert json.loads((run.dir / "report.json").read_text())["metrics"]["fidelity_classifier"]["value"] < 1e-5
     assert not run.phases
+    (tmp_path / "mine.safetensors").unlink()  # the run keeps what apply needs
+    Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "grey.png")
+    written = linearscope.apply(run.dir, [tmp_path / "grey.png"], tmp_path / "out")
+    assert json.loads(written[0].read_text())[str(tmp_path / "grey.png")]["class"] in map(str, range(10))
 
 
 def test_a_network_of_other_classes_is_looked_into_without_accuracies(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def subset(
 
     Args:
         dataset: to take from.
-        number: how many samples, or, up to 1, which share of all.
+        number: how many samples; a float up to 1 is the share of all.
         seed: seed s begins at sample s · ``stride``, so that different seeds get different samples while they last.
         at_least: samples that a batch takes; where there are fewer they are repeated.
         stride: ``number`` where it is left out.
@@ -163,7 +163,8 @@ def subset(
         UserError: the source has not that many samples.
     """
     total = len(dataset)
-    count = max(1, round(number * total)) if number <= 1 else round(number)
+    share = isinstance(number, float) and number <= 1
+    count = max(1, round(number * total)) if share else round(number)
     if number <= 0 or count > total:
         raise UserError(f"{dataset.name} has {total} training images; {number:g} of them were asked for.")
     places = (np.arange(count) + seed * (stride or count)) % total

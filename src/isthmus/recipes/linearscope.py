@@ -143,6 +143,7 @@ def run(config: Config, run: Run) -> None:
             run.note(f"{config.encoder} has {outputs} outputs, {config.data} {len(classes)} classes: no accuracies.")
             classes = [str(number) for number in range(outputs)]
         _look(run, config, network.to(run.fabric.device), held_out, "classifier", classes)
+        shared.keep(run, network, classes, f"{config.encoder}; `isthmus apply` explains its answers on pictures")
         return
     config = _sized(config, None)
     if config.size % 2:
@@ -194,14 +195,14 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     saved = read_config(run_dir)["config"]
     fresh = Config()
     config = Config(**{**saved, "training": fresh.training, "super_resolution": fresh.super_resolution})
+    path = run_dir / shared.NETWORK
+    if not path.is_file():
+        raise UserError(f"{run_dir} has no {shared.NETWORK}; run the recipe to its end first.")
+    with safe_open(path, "pt") as file:
+        classes = json.loads((file.metadata() or {}).get("classes", "[]"))
     if config.encoder:
-        network, classes = _timm(config), None
+        network = trained(config.encoder, str(path))
     else:
-        path = run_dir / shared.NETWORK
-        if not path.is_file():
-            raise UserError(f"{run_dir} has no {shared.NETWORK}; run the recipe to its end first.")
-        with safe_open(path, "pt") as file:
-            classes = json.loads((file.metadata() or {}).get("classes", "[]"))
         network = Classifier(len(classes), config.width)
         load_weights(network, path)
     network.eval()
@@ -222,7 +223,7 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
             target = out / f"{source.stem}-{len(drawn)}-scope.png"
         layers = {name: round(float(value), 6) for name, value in scope.residual_by_layer(best).items()}
         found[str(source)] = {
-            "class": classes[best] if classes else best,
+            "class": classes[best],
             "logit": float(scope.y.flatten()[best]),
             "from_pixels": float(scope.contribution(best).sum()),
             "from_constants": float(scope.residual.flatten()[best]),
