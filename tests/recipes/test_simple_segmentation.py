@@ -18,7 +18,9 @@ from isthmus.engine import Run, Training
 from isthmus.objectives.segmentation import Segmentation
 from isthmus.recipes import simple_segmentation
 from isthmus.recipes._segmentation_cues import FAR, cue_scenes
-from isthmus.recipes.simple_segmentation import Config, _class_names, _fields, convert, palette, released
+from isthmus.recipes._segmentation_fields import fields
+from isthmus.recipes._segmentation_measures import palette
+from isthmus.recipes.simple_segmentation import Config, _class_names, convert, released
 
 BRIEF = Training(steps=3, batch_size=4, lr=1e-3)
 SMALL: dict[str, Any] = {
@@ -148,7 +150,7 @@ def test_far_cues_are_far_and_classes_follow_them() -> None:
 
 def test_basic_blocks_hear_further(tmp_path: Path) -> None:
     with Run.quick(tmp_path, name="simple-segmentation") as run:
-        _fields(run, size=193, tries=1)
+        fields(run, size=193, tries=1)
     metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
     assert metrics["field_ratio"]["value"] > 1
     assert metrics["field_parameters_ratio"]["value"] < 1

@@ -16,7 +16,6 @@ the 60 pixels that are asked for, and within 400 steps only the wide one learns 
 
 from __future__ import annotations
 
-import colorsys
 import json
 import re
 from collections.abc import Sequence
@@ -27,27 +26,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
 
 from isthmus.codec import Codec, UserError, create_timm, write_atomically
-from isthmus.data import Dataset, evaluation_batches, load
+from isthmus.data import Dataset, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
-from isthmus.data.transforms import Compose, Flip, RandomResizedCrop, Resize
+from isthmus.data.transforms import Compose, Flip, RandomResizedCrop
 from isthmus.decoders import ffnet_head
 from isthmus.decoders.ffnet_head import FFNetClassifier, FFNetHead
 from isthmus.encoders import ffnet
 from isthmus.encoders.backbone import Backbone, made_for
-from isthmus.encoders.ffnet import FFNet
 from isthmus.encoders.trained import read_state
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
-from isthmus.lenses.receptive_field import rms_radius
 from isthmus.objectives.segmentation import Segmentation
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._segmentation_cues import cue_scenes
+from isthmus.recipes._segmentation_fields import far_cues, fields
+from isthmus.recipes._segmentation_measures import examples, measured, overlaid, palette
 from isthmus.report import figures
 
 needs = ("image", "mask")
@@ -172,20 +168,20 @@ def run(config: Config, run: Run) -> None:
     _check_places(config, run, encoder.feature_info[-1].reduction)
     ignore = None if config.ignore < 0 else config.ignore
     if config.field:
-        _fields(run)
+        fields(run)
     if config.cues:
-        _far_cues(run, config)
+        far_cues(run, config.cue_training)
     crop = RandomResizedCrop(config.size, scale=(config.smallest, 1.0))
     steps = Compose([crop, Flip(), shared.Normalize()])
     result = fit(run, "segmenter", Segmentation(encoder, head, ignore), train_set, config.training, steps)
     objective: Any = result.objective
-    found = _measured(run, config, objective, held_out, len(names), ignore)
+    found = measured(run, objective, held_out, len(names), ignore, config.size)
     run.metric("miou", found["miou"])
     run.metric("pixel_accuracy", found["accuracy"])
     shown = {name: value for name, value in zip(names, found["each"], strict=True) if value == value}
     if len(shown) <= 24:
         run.figure("classes", figures.bars(shown, "intersection over union"), "Of every class on held-out pictures.")
-    _examples(run, config, objective, held_out, len(names))
+    examples(run, objective, held_out, len(names), config.size)
     if run.is_first:
         Codec(objective.encoder, decoder=objective.decoder).save_pretrained(run.dir / _SEGMENTER)
         write_atomically(run.dir / _SEGMENTER / _CLASSES, json.dumps(names).encode())
@@ -231,7 +227,7 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
         drawn = Image.fromarray(mask.to(torch.uint8).numpy(), "P")
         drawn.putpalette([value for colour in palette(len(names)) for value in colour])
         made[out / f"{stem}-mask.png"] = drawn
-        made[out / f"{stem}-overlay.png"] = _overlaid(image, mask, len(names))
+        made[out / f"{stem}-overlay.png"] = overlaid(image, mask, len(names))
         share = torch.bincount(mask.flatten(), minlength=len(names)) / mask.numel()
         found[str(source)] = {
             "mask": f"{stem}-mask.png",
@@ -271,150 +267,7 @@ def convert(path: Path, out: Path, name: str) -> Path:
     return codec.save_pretrained(out.with_suffix("") if out.suffix == ".safetensors" else out)
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
-def _pair(divisor: int) -> dict[str, FFNet]:
-    """Basic and bottleneck blocks in the layout of ResNet-34 and -50, without classifiers."""
-    widths = tuple(w // divisor for w in (64, 128, 256, 512))
-    made = {}
-    for name, bottleneck in (("basic", False), ("bottleneck", True)):
-        body = FFNet("resnet", (3, 4, 6, 3), widths, (widths[0],), bottleneck=bottleneck, num_classes=0)
-        for module in body.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        made[name] = body
-    return made
-
-
-def _fields(run: Run, size: int = 417, tries: int = 4) -> None:
-    """RMS radius of the gradient of the last map's centre with respect to noise, mean over untrained networks.
-
-    Batch norm runs on statistics of three noise pictures: those of the batch itself would carry gradients everywhere.
-    """
-    maps: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    for trial in range(tries):
-        run.seed_everything("field", trial)
-        for name, body in _pair(8).items():
-            counts[name] = sum(p.numel() for p in body.parameters())
-            body.to(run.fabric.device).train()
-            for module in body.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.momentum = None  # a plain mean over what is seen
-            with torch.no_grad():
-                for _ in range(3):
-                    body.forward_features(torch.randn(1, 3, size, size, device=run.fabric.device))
-            x = torch.randn(1, 3, size, size, device=run.fabric.device, requires_grad=True)
-            last = body.eval().forward_features(x)
-            centre = last[:, :, last.shape[2] // 2, last.shape[3] // 2].sum()
-            (gradient,) = torch.autograd.grad(centre, x)
-            maps[name] = maps.get(name, 0) + gradient.abs().sum((0, 1)).cpu() / tries
-    radius = {name: rms_radius(field) for name, field in maps.items()}
-    for name, value in radius.items():
-        run.metric(f"field_radius_{name}", value, unit="px")
-        run.metric(f"field_parameters_{name}", counts[name], unit="parameters")
-    run.metric("field_ratio", radius["basic"] / radius["bottleneck"], published=1.35)
-    run.metric("field_parameters_ratio", counts["basic"] / counts["bottleneck"])
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    for axis, (name, field) in zip(figure.subplots(1, 2), maps.items(), strict=True):
-        axis.imshow((field / field.max()).sqrt().numpy(), cmap="viridis")
-        axis.set_title(f"{name}: {radius[name]:.0f} px", fontsize=10)
-        axis.axis("off")
-    run.figure("fields", figure, "What the centre of the last map hears of a picture of 417 pixels (square root).")
-
-
-def _far_cues(run: Run, config: Config, size: int = 128) -> None:
-    """Both kinds of blocks, with the same head, where the answer lies far away."""
-    train_set = cue_scenes(800, size, run.seed, "train")
-    held_out = cue_scenes(200, size, run.seed, "test")
-    found = {}
-    for name, body in _pair(16).items():
-        run.seed_everything("cue", "start")
-        encoder = Backbone(body)
-        channels = [level.channels for level in encoder.feature_info]
-        objective = Segmentation(encoder, FFNetHead(channels, 3, "C", "C", divisor=8))
-        run.metric(f"cue_parameters_{name}", sum(p.numel() for p in objective.parameters()), unit="parameters")
-        normalise = Compose([shared.Normalize()])
-        trained: Any = fit(run, f"cue_{name}", objective, train_set, config.cue_training, normalise).objective
-        measured = _measured(run, config, trained, held_out, 3, None, size=(size, size))
-        found[name] = float(np.mean(measured["each"][1:]))
-        run.metric(f"cue_miou_{name}", found[name])
-        if name == "basic":
-            _examples(run, config, trained, held_out, 3, "cue_examples", (size, size))
-    run.metric("cue_gain", found["basic"] - found["bottleneck"])
-
-
-@torch.no_grad()
-def _measured(
-    run: Run,
-    config: Config,
-    objective: Segmentation,
-    dataset: Dataset,
-    classes: int,
-    ignore: int | None,
-    size: tuple[int, int] | None = None,
-) -> dict[str, Any]:
-    """Intersection over union, of every class and their mean, and the share of right pixels."""
-    from torchmetrics import JaccardIndex
-
-    objective.to(run.fabric.device).eval()
-    jaccard = JaccardIndex("multiclass", num_classes=classes, ignore_index=ignore, average="none")
-    right = total = 0
-    seen = torch.zeros(classes, dtype=torch.bool)
-    for batch in evaluation_batches(dataset, 16, transform=Compose([Resize(size or config.size), shared.Normalize()])):
-        mask = batch["mask"]
-        told = objective.logits(run.fabric.to_device(batch["image"]), (mask.shape[1], mask.shape[2])).argmax(1).cpu()
-        known = torch.ones_like(mask, dtype=torch.bool) if ignore is None else mask != ignore
-        jaccard.update(told, mask)
-        right, total = right + int((told == mask)[known].sum()), total + int(known.sum())
-        seen[mask[known].unique()] = True
-    each = jaccard.compute()
-    values = [float(v) if s else float("nan") for v, s in zip(each, seen, strict=True)]
-    return {"miou": float(np.nanmean(values)), "each": values, "accuracy": right / max(1, total)}
-
-
-@torch.no_grad()
-def _examples(
-    run: Run,
-    config: Config,
-    objective: Segmentation,
-    dataset: Dataset,
-    classes: int,
-    name: str = "examples",
-    size: tuple[int, int] | None = None,
-) -> None:
-    chosen = dataset.select(np.arange(min(6, len(dataset))))
-    batch = next(evaluation_batches(chosen, len(chosen), transform=Resize(size or config.size)))
-    normal = shared.Normalize()({"image": batch["image"]}, torch.Generator())["image"]
-    told = objective.logits(run.fabric.to_device(normal)).argmax(1).cpu()
-    colours = torch.tensor(palette(max(classes, int(batch["mask"].max()) + 1)), dtype=torch.uint8)
-    figure = Figure(figsize=(1.6 * len(chosen), 4.6), layout="constrained")
-    axes = figure.subplots(3, len(chosen), squeeze=False)
-    for column in range(len(chosen)):
-        pictures = (batch["image"][column].permute(1, 2, 0), colours[batch["mask"][column]], colours[told[column]])
-        for axis, picture in zip(axes[:, column], pictures, strict=True):
-            axis.imshow(picture.numpy(), interpolation="nearest")
-            axis.axis("off")
-    run.figure(name, figure, "Held-out pictures, their masks, and the masks that are told.")
-
-
 # -------------------------------------------------------------------------------------------------------------- parts
-
-
-def palette(classes: int) -> list[list[int]]:
-    """A colour for every class: black for the first, then hues far from each other."""
-    colours = [[0, 0, 0]]
-    for number in range(1, classes):
-        hue, light = (number * 0.61803) % 1.0, (0.95, 0.7)[number % 2]
-        colours.append([round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.8, light)])
-    return colours[:classes]
-
-
-def _overlaid(image: Tensor, mask: Tensor, classes: int) -> Image.Image:
-    colours = torch.tensor(palette(classes), dtype=torch.float32)[mask].permute(2, 0, 1)
-    mixed = torch.where(mask > 0, 0.5 * image.float() + 0.5 * colours, image.float())
-    return Image.fromarray(mixed.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def _check(config: Config) -> None:
