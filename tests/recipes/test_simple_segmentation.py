@@ -17,9 +17,9 @@ from isthmus.data import load
 from isthmus.engine import Run, Training
 from isthmus.objectives.segmentation import Segmentation
 from isthmus.recipes import simple_segmentation
-from isthmus.recipes._segmentation_cues import FAR, cue_scenes
-from isthmus.recipes._segmentation_fields import fields
-from isthmus.recipes._segmentation_measures import palette
+from isthmus.recipes._simple_segmentation_cues import FAR, cue_scenes
+from isthmus.recipes._simple_segmentation_fields import fields
+from isthmus.recipes._simple_segmentation_measures import palette
 from isthmus.recipes.simple_segmentation import Config, _class_names, convert, released
 
 BRIEF = Training(steps=3, batch_size=4, lr=1e-3)

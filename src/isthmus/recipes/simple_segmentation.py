@@ -42,8 +42,8 @@ from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.objectives.segmentation import Segmentation
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._segmentation_fields import far_cues, fields
-from isthmus.recipes._segmentation_measures import examples, measured, overlaid, palette
+from isthmus.recipes._simple_segmentation_fields import far_cues, fields
+from isthmus.recipes._simple_segmentation_measures import examples, measured, overlaid, palette
 from isthmus.report import figures
 
 needs = ("image", "mask")

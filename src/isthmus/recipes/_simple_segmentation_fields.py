@@ -18,8 +18,8 @@ from isthmus.engine.fit import fit
 from isthmus.lenses.receptive_field import rms_radius
 from isthmus.objectives.segmentation import Segmentation
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._segmentation_cues import cue_scenes
-from isthmus.recipes._segmentation_measures import examples, measured
+from isthmus.recipes._simple_segmentation_cues import cue_scenes
+from isthmus.recipes._simple_segmentation_measures import examples, measured
 
 
 def pair(divisor: int) -> dict[str, FFNet]:
