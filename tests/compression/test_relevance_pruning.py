@@ -246,3 +246,14 @@ def test_bad_requests_are_told(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="missing or cut short"):
         load_pruned(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
+def test_pruned_networks_of_timm_take_another_classifier(name: str) -> None:
+    """Their heads state widths of their own, from which the new classifier is made."""
+    torch.manual_seed(0)
+    model = create_timm(name, num_classes=5).eval()
+    surgery = Surgery(model, torch.randn(1, 3, 32, 32))
+    surgery.remove_units([(place, 0) for place in range(len(surgery.groups))])
+    model.reset_classifier(7)  # type: ignore[operator]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)

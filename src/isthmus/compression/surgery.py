@@ -9,6 +9,7 @@ convolutions lose the same channels of every group, and original indices are rem
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -147,8 +148,8 @@ class Surgery:
         try:
             with _still(self.model), torch.no_grad():
                 self.model(self.example)
-                for name, width in self._told.items():
-                    setattr(self.model, name, width())
+                for (owner, name), width in self._told.items():
+                    setattr(owner, name, width())
         except Exception as error:
             cut = ", ".join(self.groups[place].root for place in chosen)
             raise UserError(
@@ -331,22 +332,28 @@ def _answering(model: nn.Module, example: Tensor) -> set[str]:
     return {name for name, out in outputs if out.untyped_storage().data_ptr() == memory}
 
 
-def _told(model: Any, example: Tensor) -> dict[str, Callable[[], int]]:
-    """Widths that models of timm state → how to read them off again: of what the head gets, and of its classifier."""
+def _told(model: Any, example: Tensor) -> dict[tuple[Any, str], Callable[[], int]]:
+    """Widths that models of timm and their heads state → how to read them off again: of what the head gets, and of its
+    classifier."""
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(head, nn.Linear):
         return {}
-    stated = {name: getattr(model, name, None) for name in ("num_features", "embed_dim", "head_hidden_size")}
-    found: dict[str, Callable[[], int]] = {
-        name: lambda: model.get_classifier().in_features for name, width in stated.items() if width == head.in_features
+    heads = [m for m in model.children() if hasattr(m, "reset") and any(inner is head for inner in m.modules())]
+    names = ("num_features", "embed_dim", "head_hidden_size", "in_features")
+    found: dict[tuple[Any, str], Callable[[], int]] = {
+        (owner, name): lambda: model.get_classifier().in_features
+        for owner, name in itertools.product([model, *heads], names)
+        if getattr(owner, name, None) == head.in_features
     }
     with _still(model), torch.no_grad():
         maps = model.forward_features(example) if hasattr(model, "forward_features") else None
     axes = (
-        [a for a in range(1, maps.ndim) if maps.shape[a] == stated["num_features"]] if isinstance(maps, Tensor) else []
+        [a for a in range(1, maps.ndim) if maps.shape[a] == getattr(model, "num_features", None)]
+        if isinstance(maps, Tensor)
+        else []
     )
     if len(axes) == 1:
-        found["num_features"] = lambda: model.forward_features(example).shape[axes[0]]
+        found[model, "num_features"] = lambda: model.forward_features(example).shape[axes[0]]
     return found
 
 
