@@ -315,6 +315,8 @@ def test_patience_ends_training_with_the_weights_of_the_lowest_loss(tmp_path: Pa
     assert torch.equal(weights(whole), seen[-1])
     with pytest.raises(UserError, match="patience needs an evaluation"):
         train(tmp_path / "none", patience=3)
+    with pytest.raises(UserError, match="patience watches loss; evaluate gives accuracy"):
+        train(tmp_path / "other", evaluate=lambda _: {"accuracy": 1.0}, evaluate_every=1, patience=3)
     with pytest.raises(UserError, match="patience must be above 0"):
         Training(steps=1, patience=0)
 

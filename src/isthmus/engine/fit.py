@@ -131,6 +131,8 @@ def fit(
                 values = learner.evaluate(evaluate)
                 scalars.add(done, {f"evaluate/{name}": value for name, value in values.items()})
                 if training.patience is not None:
+                    if "loss" not in values:
+                        raise UserError(f"patience watches loss; evaluate gives {', '.join(values) or 'nothing'}.")
                     patience.see(run.fabric.broadcast(values["loss"]), learner.result)
                     if patience.over and done < steps:
                         run.log(f"{phase}: no better loss in {training.patience} evaluations, over after step {done}.")
