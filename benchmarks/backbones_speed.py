@@ -34,7 +34,7 @@ from benchmarks import (
 )
 from benchmarks.common import peak_memory, record, table
 from benchmarks.transcription import Case, Settings, difference, forward, step, warmed
-from isthmus.encoders.replknet import convert_official
+from isthmus.encoders.images.replknet import convert_official
 
 FAMILIAR = ("resnet50", "convnext_tiny")
 MANY = 32  # images from which a call takes so long that a few rounds must do

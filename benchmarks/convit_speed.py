@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.transcription import Case, Settings, familiar, run
-from isthmus.encoders.convit import GPSA, ConViT, relative_offsets
+from isthmus.encoders.images.convit import GPSA, ConViT, relative_offsets
 
 
 class PlainGPSA(nn.Module):

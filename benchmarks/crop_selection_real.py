@@ -2,7 +2,7 @@
 
     python -m benchmarks.crop_selection_real
 
-Needs ``cifar10`` and the CIFAR ResNet weights among the data at hand (see isthmus/data/local.py). CIFAR's 32 pixels
+Needs ``cifar10`` and the CIFAR ResNet weights among the data at hand (isthmus/data/readers/local.py). CIFAR's 32 pixels
 leave room for views of 30 and few crops (k = 5 or 7 an axis), so that theory promises little: this says what is left.
 The twin low-passes before it takes every second place (Zhang 2019, arXiv 1904.11486); both networks are trained on for
 the same steps first, because the published weights never saw the blur.
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from benchmarks.common import record, table
 from isthmus import data
 from isthmus.data import evaluation_batches
-from isthmus.data.local import local
+from isthmus.data.readers.local import local
 from isthmus.data.transforms import CenterCrop, Compose, Resize
-from isthmus.encoders.resnet_cifar import BasicBlock
+from isthmus.encoders.images.resnet_cifar import BasicBlock
 from isthmus.encoders.trained import trained
 from isthmus.robustness.crop_selection import CropSelection, same_crop_probability
 from isthmus.robustness.shifts import EIGHT, FOUR, stability, view

@@ -6,7 +6,7 @@
     isthmus run dkvb --data parquet:CIFAR?limit=2000 --encoder cifar_resnet20 --weights FILE --no-toy \\
         --baselines probe slow_probe mlp --codebooks 64 --pairs 512 --fewer-pairs 32 128
 
-Needs ``cifar10`` and the network's weights among the data at hand (see isthmus/data/local.py). Read the figures with
+Needs ``cifar10`` and the network's weights among the data at hand (isthmus/data/readers/local.py). Read them with
 care: the network was trained on all ten classes together, so that its features part them before the stream begins, and
 one seed is one order of classes. ``own_classifier`` is what it says itself of the same held-out pictures, which are
 JPEG copies.
@@ -25,7 +25,7 @@ import torch
 from benchmarks.common import record, table
 from isthmus import data
 from isthmus.data import evaluation_batches
-from isthmus.data.local import local
+from isthmus.data.readers.local import local
 from isthmus.encoders.trained import trained
 from isthmus.engine import Run
 from isthmus.recipes import dkvb

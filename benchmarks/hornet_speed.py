@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
 from benchmarks.transcription import Case, Settings, familiar, run, warmed
-from isthmus.encoders.hornet import convert_official
+from isthmus.encoders.images.hornet import convert_official
 from isthmus.layers.gnconv import GnConv
 
 DEPTHS, WIDTH, SCALE = (2, 3, 18, 2), 64, 1 / 3

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.transcription import Case, Settings, familiar, run, warmed
-from isthmus.encoders.inceptionnext import InceptionDWConv2d, accelerate
-from isthmus.encoders.metanext import reparameterize
+from isthmus.encoders.images.inceptionnext import InceptionDWConv2d, accelerate
+from isthmus.encoders.images.metanext import reparameterize
 from isthmus.layers.large_kernel import DepthwiseConv
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
 from benchmarks.transcription import Case, Settings, familiar, run, warmed
-from isthmus.encoders.unireplknet import BRANCHES, convert_official, default_kernels
+from isthmus.encoders.images.unireplknet import BRANCHES, convert_official, default_kernels
 from isthmus.layers.large_kernel import DepthwiseConv
 
 STAGES = ((80, 56), (160, 28), (320, 14), (640, 7))  # channels, side of the map

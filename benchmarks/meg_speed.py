@@ -31,8 +31,8 @@ from isthmus.codec import Codec
 from isthmus.decoders.latent_heads import LatentHeads
 from isthmus.decoders.ridge import Ridge
 from isthmus.decoders.streaming import StreamingDecoder
-from isthmus.encoders.meg_conv import MEGConv
-from isthmus.encoders.sensor_attention import fourier
+from isthmus.encoders.signals.meg_conv import MEGConv
+from isthmus.encoders.signals.sensor_attention import fourier
 
 SENSORS, LENGTH, SUBJECTS, FEATURES = 272, 181, 4, 768
 ALPHAS = tuple(10.0**power for power in range(8))

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.transcription import Case, Settings, familiar, run, warmed
-from isthmus.encoders import metamixer, metamixer_forecaster
-from isthmus.encoders.metamixer_forecaster import MetaMixerForecaster
+from isthmus.encoders.images import metamixer
+from isthmus.encoders.signals import metamixer_forecaster
+from isthmus.encoders.signals.metamixer_forecaster import MetaMixerForecaster
 from isthmus.layers.metamixer import convert_blocks, ffnified_attention, reparameterize, self_attention
 
 OPERATORS = (3, 3, 7, 7)

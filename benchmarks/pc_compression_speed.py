@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.common import compare, record, table
-from isthmus.data.photos import photograph
+from isthmus.data.builtin.photos import photograph
 from isthmus.priors.circuit import HCLT, Flows
 from isthmus.priors.circuit_schedule import Schedule
 from isthmus.priors.circuit_tree import levels

@@ -28,7 +28,7 @@ from benchmarks.common import compare, record, table
 from isthmus.bottlenecks.latent_quantization import LatentQuantization
 from isthmus.codec import Codec
 from isthmus.decoders.style_decoder import DenseDecoder
-from isthmus.encoders.qlae import DenseEncoder
+from isthmus.encoders.images.qlae import DenseEncoder
 from isthmus.metrics.infomec import active_latents, compactness, infomec, modularity
 from isthmus.objectives.latent_quantization import Autoencoding, decay_groups
 

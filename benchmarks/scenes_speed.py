@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.common import compare, record, table
-from isthmus.data.scenes import COLOURS, GROUNDS, Scene, Space, caption, encode, load, paint, question, sample
+from isthmus.data.builtin.scenes import COLOURS, GROUNDS, Scene, Space, caption, encode, load, paint, question, sample
 
 COUNT = 512
 PLAIN = Space(

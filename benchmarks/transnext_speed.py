@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
 from benchmarks.transcription import Case, Settings, familiar, run, warmed
-from isthmus.encoders.aggregated_attention import AggregatedAttention, Grid
-from isthmus.encoders.transnext import TransNeXt
+from isthmus.encoders.images.aggregated_attention import AggregatedAttention, Grid
+from isthmus.encoders.images.transnext import TransNeXt
 from isthmus.layers.neighbourhood import visible_neighbours
 
 

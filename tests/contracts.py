@@ -36,14 +36,14 @@ from isthmus.decoders.probes import (
 from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.decoders.style_decoder import DenseDecoder, StyleDecoder
 from isthmus.decoders.voting import FlatHead, Vote
-from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.conv_tokenizer import ConvTokenizer
-from isthmus.encoders.embedding import Embedding
-from isthmus.encoders.maxout_cnn import MaxoutCNN
-from isthmus.encoders.meg_conv import MEGConv
-from isthmus.encoders.metamixer_forecaster import SeriesEncoder
-from isthmus.encoders.qlae import DenseEncoder, QLAEEncoder
+from isthmus.encoders.images.as_image import AsImage, AudioImage
+from isthmus.encoders.images.maxout_cnn import MaxoutCNN
+from isthmus.encoders.images.qlae import DenseEncoder, QLAEEncoder
+from isthmus.encoders.signals.meg_conv import MEGConv
+from isthmus.encoders.signals.metamixer_forecaster import SeriesEncoder
+from isthmus.encoders.tokenizers.conv_tokenizer import ConvTokenizer
+from isthmus.encoders.words.embedding import Embedding
 from isthmus.robustness.crop_selection import CropSelection
 
 Make = Callable[[], nn.Module]

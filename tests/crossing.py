@@ -24,9 +24,9 @@ from isthmus.codec import Codec, write_atomically
 from isthmus.decoders.digit_sequence import DigitSequence, negative_log_likelihood, read
 from isthmus.decoders.ffnet_head import FFNetHead
 from isthmus.decoders.voting import Vote
-from isthmus.encoders.as_image import AsImage, AudioImage
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.meg_conv import MEGConv
+from isthmus.encoders.images.as_image import AsImage, AudioImage
+from isthmus.encoders.signals.meg_conv import MEGConv
 from isthmus.layers.pool import GlobalMean
 from isthmus.lenses.linear_scope import LinearScope
 from isthmus.lenses.relevance import relevance

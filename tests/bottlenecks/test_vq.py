@@ -10,7 +10,7 @@ import torch
 from isthmus.bottlenecks.vq import VQ
 from isthmus.codec import Codec
 from isthmus.decoders.conv_tokenizer import ConvDetokenizer
-from isthmus.encoders.conv_tokenizer import ConvTokenizer
+from isthmus.encoders.tokenizers.conv_tokenizer import ConvTokenizer
 
 
 def test_indices_name_the_nearest_codes_and_embed_is_what_the_decoder_got() -> None:

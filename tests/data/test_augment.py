@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.data.augment import RandAugment, RandomErase, TrivialAugment
 from isthmus.data.transforms import Transform
+from isthmus.data.transforms.augment import RandAugment, RandomErase, TrivialAugment
 from isthmus.layers.random import ShardedGenerator
 
 

@@ -7,10 +7,10 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.data.brain import BrainSimulator, FMRISettings, MEGSettings, draw, pictures
-from isthmus.data.brain.cortex import NAMES, NETWORKS, grow, tangents
-from isthmus.data.brain.fmri import haemodynamic
-from isthmus.data.brain.sensors import dipole_field, helmet
+from isthmus.data.builtin.brain import BrainSimulator, FMRISettings, MEGSettings, draw, pictures
+from isthmus.data.builtin.brain.cortex import NAMES, NETWORKS, grow, tangents
+from isthmus.data.builtin.brain.fmri import haemodynamic
+from isthmus.data.builtin.brain.sensors import dipole_field, helmet
 
 QUIET = MEGSettings(sensors=20, evoked=1.0, induced=0.0, background=0.0, rhythm=0.0, noise=0.0, gain=0.0, jitter=0.0,
                     geometry="sphere")  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from isthmus import data
 from isthmus.codec import UserError
-from isthmus.data import photos
+from isthmus.data.builtin import photos
 
 
 def digest(dataset, numbers):

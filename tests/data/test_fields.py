@@ -7,7 +7,7 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.data.fields import MARGIN, OFFSETS
+from isthmus.data.builtin.fields import MARGIN, OFFSETS
 
 ALL = ("signal", "target", "terms", "mask")
 

@@ -10,7 +10,7 @@ from PIL import Image
 from isthmus import data
 from isthmus.codec import UserError
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import as_image, as_mask, decode_image, decode_mask
+from isthmus.data.readers.decoding import as_image, as_mask, decode_image, decode_mask
 
 
 def picture(size=(40, 30), seed=0, mode="RGB"):

@@ -12,7 +12,7 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.data.recordings import MISSING, from_epochs, read
+from isthmus.data.readers.recordings import MISSING, from_epochs, read
 
 RATE = 40.0
 

@@ -7,7 +7,7 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.data.street_numbers import NumberBox
+from isthmus.data.builtin.street_numbers import NumberBox
 
 _ALL = ("image", "labels", "boxes", "caption")
 

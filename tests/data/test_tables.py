@@ -9,7 +9,7 @@ import torch
 
 from isthmus import data
 from isthmus.codec import UserError
-from isthmus.data.decoding import decode_image
+from isthmus.data.readers.decoding import decode_image
 from tests.conftest import shared
 from tests.data.test_files import encoded, picture
 

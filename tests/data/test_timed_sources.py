@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isthmus import data
 from isthmus.codec import UserError
-from isthmus.data import signals, sounds
+from isthmus.data.builtin import signals, sounds
 
 SOURCES = {
     "sounds?count=24": ("audio", (8000,)),

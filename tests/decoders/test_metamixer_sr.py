@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from isthmus.codec import Codec
 from isthmus.decoders.metamixer_sr import MetaMixerSR, convert_official
-from isthmus.encoders.pixels import Pixels
+from isthmus.encoders.images.pixels import Pixels
 from isthmus.objectives.super_resolution import SuperResolution, fft_loss, shrink
 from tests.layers.test_metamixer import close, maps
 from tests.layers.test_reparam import trained

@@ -60,7 +60,7 @@ def test_dtype_trials_and_a_constant_channel() -> None:
 
 
 def test_it_is_saved_with_a_codec(tmp_path) -> None:
-    from isthmus.encoders.meg_conv import MEGConv
+    from isthmus.encoders.signals.meg_conv import MEGConv
 
     x, y = problem(20, 12)
     ridge = Ridge(GRID).fit(x.float(), y.float())

@@ -8,7 +8,7 @@ import torch
 from isthmus.codec import Codec
 from isthmus.decoders.latent_heads import LatentHeads
 from isthmus.decoders.streaming import StreamingDecoder
-from isthmus.encoders.meg_conv import MEGConv
+from isthmus.encoders.signals.meg_conv import MEGConv
 from isthmus.layers.robust_scale import RobustScale
 
 LENGTH, BEFORE = 12, 4

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from isthmus.encoders.alexnet import AlexNet, architecture_of, from_official
+from isthmus.encoders.images.alexnet import AlexNet, architecture_of, from_official
 
 WIDTHS = (4, 6, 8, 5, 5, 16)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.codec import Codec, build, spec_of
-from isthmus.encoders.as_image import (
+from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.images.as_image import (
     AsImage,
     AudioImage,
     PointImage,
@@ -21,7 +22,6 @@ from isthmus.encoders.as_image import (
     rotate_points,
     splat_points,
 )
-from isthmus.encoders.backbone import Backbone
 
 
 def _random(*shape: int) -> Tensor:

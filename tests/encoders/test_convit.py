@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isthmus.codec import Codec, UserError, create_timm
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.convit import GPSA, ConViT, checkpoint_filter_fn, locality, nonlocality, relative_offsets
+from isthmus.encoders.images.convit import GPSA, ConViT, checkpoint_filter_fn, locality, nonlocality, relative_offsets
 from isthmus.layers.sparse_conv.check import check_leaks
 from tests.encoders.flops import agrees, multiply_adds
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from isthmus.encoders.embedding import Embedding
-from isthmus.encoders.pixels import Pixels
+from isthmus.encoders.images.pixels import Pixels
+from isthmus.encoders.words.embedding import Embedding
 
 
 def test_places_are_pooled_laid_out_or_kept() -> None:

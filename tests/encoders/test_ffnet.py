@@ -8,7 +8,7 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.ffnet import SIZES, FFNet, Smoothing, arguments_of, checkpoint_filter_fn
+from isthmus.encoders.images.ffnet import SIZES, FFNet, Smoothing, arguments_of, checkpoint_filter_fn
 from isthmus.recipes.simple_segmentation import released
 
 SMALL = {"layers": (1, 1, 1, 1), "widths": (4, 8, 12, 16), "num_classes": 0}

@@ -13,9 +13,9 @@ from timm.optim._param_groups import group_parameters
 from torch import Tensor, nn
 
 from isthmus.codec import UserError
-from isthmus.encoders import hornet
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.hornet import HorNet, HorNetBlock
+from isthmus.encoders.images import hornet
+from isthmus.encoders.images.hornet import HorNet, HorNetBlock
 from isthmus.layers.gnconv import GlobalLocalFilter
 from isthmus.layers.sparse_conv.check import check_leaks
 from tests.encoders.flops import agrees, multiply_adds

@@ -16,8 +16,8 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.inceptionnext import InceptionDWConv2d, PartialConv2d, accelerate, mixer
-from isthmus.encoders.metanext import MetaNeXt, reparameterize
+from isthmus.encoders.images.inceptionnext import InceptionDWConv2d, PartialConv2d, accelerate, mixer
+from isthmus.encoders.images.metanext import MetaNeXt, reparameterize
 from isthmus.layers.sparse_conv.check import check_leaks
 from tests.encoders.flops import agrees, multiply_adds
 from tests.layers.test_reparam import trained

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
 from isthmus.codec import Codec
-from isthmus.encoders import replknet, unireplknet
 from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.images import replknet, unireplknet
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.sparse_conv.check import check_leaks
 from tests.encoders.flops import agrees, multiply_adds

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.encoders.maxout_cnn import ConvUnit, LocallyConnected, MaxoutCNN, Pool, SubtractMean, maxout
+from isthmus.encoders.images.maxout_cnn import ConvUnit, LocallyConnected, MaxoutCNN, Pool, SubtractMean, maxout
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from torch import nn
 
 from isthmus.codec import Codec
 from isthmus.decoders.latent_heads import LatentHeads
-from isthmus.encoders.meg_conv import MEGConv, from_official
-from isthmus.encoders.sensor_attention import SpatialAttention, drop_channels, fourier, missing, usage_penalty
+from isthmus.encoders.signals.meg_conv import MEGConv, from_official
+from isthmus.encoders.signals.sensor_attention import SpatialAttention, drop_channels, fourier, missing, usage_penalty
 
 SMALL = {"attention": 6, "position_dim": 18, "mix": 5, "hidden": 8, "out_channels": 7}
 

@@ -14,9 +14,9 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from isthmus.codec import Codec, create_timm
-from isthmus.encoders import metamixer
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.metamixer import FFNet, FFNetSeg, MixerNet
+from isthmus.encoders.images import metamixer
+from isthmus.encoders.images.metamixer import FFNet, FFNetSeg, MixerNet
 from isthmus.layers.metamixer import NormConvSkip, Residual, ffnified_attention, self_attention
 from isthmus.layers.reparam import ReparamConv
 from isthmus.layers.sparse_conv.check import check_leaks

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.encoders.metamixer_forecaster import (
+from isthmus.encoders.signals.metamixer_forecaster import (
     GroupedPointwise,
     InTime,
     MetaMixerForecaster,

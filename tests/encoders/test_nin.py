@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.nin import NetworkInNetwork, architecture_of, from_official
+from isthmus.encoders.images.nin import NetworkInNetwork, architecture_of, from_official
 
 
 def _tiny(**kwargs: object) -> NetworkInNetwork:

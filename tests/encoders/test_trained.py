@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import isthmus.encoders  # noqa: F401 - registers the CIFAR networks
 from isthmus.codec import UserError
-from isthmus.encoders.resnet_cifar import CifarResNet
+from isthmus.encoders.images.resnet_cifar import CifarResNet
 from isthmus.encoders.trained import trained
 from tests.conftest import shared_folder
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
 from isthmus.codec import UserError
-from isthmus.encoders.aggregated_attention import AggregatedAttention, PlainAttention, unit
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.transnext import ConvGLU, TransNeXt, convert_official
+from isthmus.encoders.images.aggregated_attention import AggregatedAttention, PlainAttention, unit
+from isthmus.encoders.images.transnext import ConvGLU, TransNeXt, convert_official
 from isthmus.engine.optim import param_groups
 from isthmus.layers.sparse_conv.check import check_leaks
 from tests.encoders.flops import multiply_adds

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.encoders.metanext import MetaNeXt
+from isthmus.encoders.images.metanext import MetaNeXt
 from isthmus.layers.gnconv import GlobalLocalFilter, GnConv
 
 

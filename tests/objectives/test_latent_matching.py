@@ -7,7 +7,7 @@ import torch
 
 from isthmus.codec import Codec
 from isthmus.decoders.latent_heads import LatentHeads
-from isthmus.encoders.meg_conv import MEGConv
+from isthmus.encoders.signals.meg_conv import MEGConv
 from isthmus.layers.random import ShardedGenerator
 from isthmus.layers.robust_scale import RobustScale
 from isthmus.objectives.latent_matching import LatentMatching

@@ -12,7 +12,7 @@ from isthmus.bottlenecks.latent_quantization import LatentQuantization
 from isthmus.codec import Codec
 from isthmus.data import Memory
 from isthmus.decoders.style_decoder import DenseDecoder, StyleDecoder
-from isthmus.encoders.qlae import DenseEncoder, QLAEEncoder
+from isthmus.encoders.images.qlae import DenseEncoder, QLAEEncoder
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.objectives.adversarial import wgan_gp

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.encoders.convit import GPSA, ConViT
+from isthmus.encoders.images.convit import GPSA, ConViT
 from isthmus.engine import Run, Training
 from isthmus.recipes import _image_classification as shared
 from isthmus.recipes import convit

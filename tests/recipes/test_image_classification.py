@@ -10,8 +10,8 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.data.augment import RandAugment, RandomErase
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Mixup, Normalize, RandomResizedCrop, Resize
+from isthmus.data.transforms.augment import RandAugment, RandomErase
 from isthmus.recipes._image_classification import (
     DEIT,
     Augmentation,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.encoders.inceptionnext import InceptionDWConv2d
+from isthmus.encoders.images.inceptionnext import InceptionDWConv2d
 from isthmus.engine import Run, Training
 from isthmus.recipes import inceptionnext
 from isthmus.recipes.inceptionnext import Config

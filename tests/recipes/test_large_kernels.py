@@ -15,7 +15,7 @@ from torch import nn
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.encoders.unireplknet import UniRepLKNet
+from isthmus.encoders.images.unireplknet import UniRepLKNet
 from isthmus.engine import Run, Training
 from isthmus.recipes import _large_kernels_cues as cues
 from isthmus.recipes import large_kernels
@@ -172,7 +172,7 @@ def test_published_checkpoint_is_converted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["trained", "merged", "beneath a detector"])
 def test_every_published_form_is_converted(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isthmus.encoders.replknet import LargeKernelBlock
+    from isthmus.encoders.images.replknet import LargeKernelBlock
     from tests.encoders.test_large_kernel_nets import TINY, official_replknet
     from tests.layers.test_reparam import trained
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from isthmus.codec import Codec, Loss, UserError
 from isthmus.data import load
-from isthmus.encoders.meg_conv import MEGConv
+from isthmus.encoders.signals.meg_conv import MEGConv
 from isthmus.engine import Run, Training
 from isthmus.recipes import _meg_decoding_course as courses
 from isthmus.recipes import meg_decoding

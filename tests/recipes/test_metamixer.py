@@ -18,7 +18,7 @@ from torch import nn
 from isthmus.codec import Codec, UserError
 from isthmus.data import load
 from isthmus.decoders.metamixer_sr import MetaMixerSR
-from isthmus.encoders.metamixer import MixerNet
+from isthmus.encoders.images.metamixer import MixerNet
 from isthmus.engine import Run, Training
 from isthmus.recipes import _metamixer_convert, metamixer
 from isthmus.recipes.metamixer import Config, mixer

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from isthmus.codec import UserError
 from isthmus.data import Memory
 from isthmus.decoders.probes import NonLinearProbe
-from isthmus.encoders.alexnet import AlexNet
-from isthmus.encoders.nin import NetworkInNetwork
+from isthmus.encoders.images.alexnet import AlexNet
+from isthmus.encoders.images.nin import NetworkInNetwork
 from isthmus.engine import Run, Training
 from isthmus.recipes import rotnet
 from isthmus.recipes.rotnet import Config, Turned

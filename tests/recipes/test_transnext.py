@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
 from isthmus.codec import UserError, load_weights
 from isthmus.data import load
-from isthmus.encoders.aggregated_attention import AggregatedAttention, CosineAttention
+from isthmus.encoders.images.aggregated_attention import AggregatedAttention, CosineAttention
 from isthmus.engine import Run, Training
 from isthmus.recipes import _image_classification as shared
 from isthmus.recipes import transnext

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from isthmus.codec import UserError
 from isthmus.data.dataset import Dataset, collate
-from isthmus.data.streams import Stream
+from isthmus.data.readers.streams import Stream
 from isthmus.data.transforms import Transform, as_floats, divided
 from isthmus.data.workers import helped
 from isthmus.layers.random import ShardedGenerator, derive_seed

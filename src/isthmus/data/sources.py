@@ -19,7 +19,7 @@ class Source(NamedTuple):
     """One kind of source."""
 
     name: str
-    module: str  # it has ``load(split, needs, seed, **options)``
+    module: str  # under isthmus.data; it has ``load(split, needs, seed, **options)``
     argument: str  # the option that what stands after the colon goes to; "" takes none
     summary: str
     needs_argument: bool = False
@@ -30,38 +30,60 @@ class Source(NamedTuple):
 _SOURCES = {
     source.name: source
     for source in (
-        Source("digits", "isthmus.data.digits", "size", "1,797 handwritten digits, 8×8; digits:32 enlarges them"),
+        Source("digits", "builtin.digits", "size", "1,797 handwritten digits, 8×8; digits:32 enlarges them"),
         Source(
-            "photos", "isthmus.data.photos", "size", "patches of sixteen photographs, 64×64; photos:128 for larger ones"
+            "photos",
+            "builtin.photos",
+            "size",
+            "patches of sixteen photographs, 64×64; photos:128 for larger ones",
         ),
         Source(
-            "scenes", "isthmus.data.scenes", "size", "drawn scenes with factors, masks, boxes, captions and questions"
+            "scenes",
+            "builtin.scenes",
+            "size",
+            "drawn scenes with factors, masks, boxes, captions and questions",
         ),
         Source(
             "street-numbers",
-            "isthmus.data.street_numbers",
+            "builtin.street_numbers",
             "size",
             "real digits composed to numbers on photographs, 54×54; street-numbers:16x32?most=3&warp=0",
         ),
-        Source("discs", "isthmus.data.discs", "size", "720 soft discs, every colour, radius and place once, 16×16"),
-        Source("textures", "isthmus.data.textures", "size", "oriented noise in eight classes, 98×98; textures:64"),
+        Source("discs", "builtin.discs", "size", "720 soft discs, every colour, radius and place once, 16×16"),
+        Source("textures", "builtin.textures", "size", "oriented noise in eight classes, 98×98; textures:64"),
         Source(
-            "planar", "isthmus.data.planar", "kind", "points in the plane: planar:moon, planar:circle, planar:spiral"
+            "planar",
+            "builtin.planar",
+            "kind",
+            "points in the plane: planar:moon, planar:circle, planar:spiral",
         ),
-        Source("fields", "isthmus.data.fields", "size", "noise fields with a target made of products of up to four"),
+        Source("fields", "builtin.fields", "size", "noise fields with a target made of products of up to four"),
         Source(
-            "brain", "isthmus.data.brain", "", "simulated people look at things under MEG; brain?subjects=1&trials=200"
+            "brain",
+            "builtin.brain",
+            "",
+            "simulated people look at things under MEG; brain?subjects=1&trials=200",
         ),
-        Source("meg", "isthmus.data.recordings", "path", "recordings: meg:subject1-epo.fif, .npz or .npy", True),
-        Source("sounds", "isthmus.data.sounds", "kind", "a second of drawn sound, eight kinds of event; sounds:clicks"),
-        Source("signals", "isthmus.data.signals", "kind", "two bumps in noise at four distances; signals:sinusoids"),
-        Source("solids", "isthmus.data.solids", "points", "points on a sphere, cube, cone or torus, 256; solids:512"),
-        Source("clips", "isthmus.data.clips", "size", "eight frames of a moving square, 16×16; clips:32?frames=16"),
-        Source("series", "isthmus.data.series", "path", "windows of series side by side, drawn, or series:FILE.csv"),
-        Source("random", "isthmus.data.noise", "size", "noise of a given shape: random:224, random:1x28x28", True),
+        Source("meg", "readers.recordings", "path", "recordings: meg:subject1-epo.fif, .npz or .npy", True),
+        Source(
+            "sounds",
+            "builtin.sounds",
+            "kind",
+            "a second of drawn sound, eight kinds of event; sounds:clicks",
+        ),
+        Source("signals", "builtin.signals", "kind", "two bumps in noise at four distances; signals:sinusoids"),
+        Source(
+            "solids",
+            "builtin.solids",
+            "points",
+            "points on a sphere, cube, cone or torus, 256; solids:512",
+        ),
+        Source("clips", "builtin.clips", "size", "eight frames of a moving square, 16×16; clips:32?frames=16"),
+        Source("series", "builtin.series", "path", "windows of series side by side, drawn, or series:FILE.csv"),
+        Source("random", "builtin.noise", "size", "noise of a given shape: random:224, random:1x28x28", True),
         Source(
             "folder",
-            "isthmus.data.files",
+            "readers.files",
             "path",
             "a folder of images, with or without a subfolder a class",
             True,
@@ -70,7 +92,7 @@ _SOURCES = {
         ),
         Source(
             "parquet",
-            "isthmus.data.tables",
+            "readers.tables",
             "path",
             "a parquet file, glob or folder: parquet:PATH?image=pic",
             True,
@@ -79,7 +101,7 @@ _SOURCES = {
         ),
         Source(
             "hub",
-            "isthmus.data.hub",
+            "readers.hub",
             "repo",
             "a data set of the Hugging Face hub: hub:NAME?config=…",
             True,
@@ -88,7 +110,7 @@ _SOURCES = {
         ),
         Source(
             "shards",
-            "isthmus.data.shards",
+            "readers.shards",
             "pattern",
             "tar or parquet shards, streamed: shards:data-*.tar",
             True,
@@ -137,7 +159,7 @@ def load(
     if argument:
         given[found.argument] = argument
     limit = _number(source, "limit", given.pop("limit")) if "limit" in given else None
-    module = importlib.import_module(found.module)
+    module = importlib.import_module(f"isthmus.data.{found.module}")
     extra: dict[str, Any] = {"name": source}
     if found.renames:
         extra["renames"] = {key: str(given.pop(key)) for key in COLUMNS if key in given}

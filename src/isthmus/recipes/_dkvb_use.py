@@ -15,7 +15,7 @@ from torch import Tensor
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
 from isthmus.codec import Codec, UserError, build, spec_of, write_atomically
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import Transform
 from isthmus.decoders.voting import Vote
 from isthmus.engine import Run, read_config

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError, load_weights, save_weights
 from isthmus.data import Dataset, Repeated, evaluation_batches
-from isthmus.data.augment import RandAugment, RandomErase
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.hashing import permutation
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import (
     CenterCrop,
     Compose,
@@ -35,6 +34,7 @@ from isthmus.data.transforms import (
     Resize,
     Transform,
 )
+from isthmus.data.transforms.augment import RandAugment, RandomErase
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import FitResult, fit
 from isthmus.objectives.classification import Classification

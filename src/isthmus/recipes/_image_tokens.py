@@ -24,7 +24,7 @@ from isthmus.data import Dataset, Memory, evaluation_batches
 from isthmus.data.transforms import CenterCrop, Compose, Resize, Transform
 from isthmus.decoders.conv_tokenizer import ConvDetokenizer
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.conv_tokenizer import ConvTokenizer
+from isthmus.encoders.tokenizers.conv_tokenizer import ConvTokenizer
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.layers.random import rows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.data import evaluation_batches, load
-from isthmus.data.scenes import Bias, Scenes, Space
+from isthmus.data.builtin.scenes import Bias, Scenes, Space
 from isthmus.engine import Run, Training
 from isthmus.recipes import _image_classification as shared
 from isthmus.report import figures

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError
 from isthmus.data import Memory, load
-from isthmus.data.decoding import decode_image
+from isthmus.data.readers.decoding import decode_image
 from isthmus.decoders.ridge import Ridge
 from isthmus.encoders.image_embedding import ImageEmbedding
 from isthmus.layers.robust_scale import RobustScale, baseline
@@ -139,7 +139,7 @@ def read(
         latent = latent - latent.mean(1, keepdim=True)
     else:
         raise UserError(
-            f"{source} has no latent, image or label to predict; see the docstring of isthmus.data.recordings."
+            f"{source} has no latent, image or label to predict; see the docstring of isthmus.data.readers.recordings."
         )
     # With labels alone, all trials of a class show one thing.
     alone = batch["label"] if "label" in batch and not encoder and "latent" not in batch else batch["index"]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from isthmus.codec import Codec, UserError, load_weights, write_atomically
-from isthmus.data.recordings import Recording
-from isthmus.data.recordings import read as read_recording
+from isthmus.data.readers.recordings import Recording
+from isthmus.data.readers.recordings import read as read_recording
 from isthmus.decoders.streaming import Step, StreamingDecoder
 from isthmus.layers.robust_scale import RobustScale, baseline
 from isthmus.metrics.retrieval import columnwise_correlation

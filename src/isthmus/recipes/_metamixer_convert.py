@@ -13,8 +13,8 @@ from isthmus.decoders import metamixer_head, metamixer_sr
 from isthmus.decoders.metamixer_head import MetaMixerHead
 from isthmus.decoders.metamixer_sr import MetaMixerSR
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.metamixer import convert_official
-from isthmus.encoders.pixels import Pixels
+from isthmus.encoders.images.metamixer import convert_official
+from isthmus.encoders.images.pixels import Pixels
 from isthmus.recipes import _image_classification as shared
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError, load_weights, save_weights, write_atomically
 from isthmus.data import Dataset, evaluation_batches, load
-from isthmus.data.series import read_csv
-from isthmus.encoders.metamixer_forecaster import MetaMixerForecaster
+from isthmus.data.builtin.series import read_csv
+from isthmus.encoders.signals.metamixer_forecaster import MetaMixerForecaster
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.objectives.forecasting import Forecasting

@@ -19,9 +19,9 @@ from isthmus.data import load as load_data
 from isthmus.data.transforms import Transform
 from isthmus.decoders import style_decoder
 from isthmus.decoders.style_decoder import DenseDecoder, StyleDecoder
-from isthmus.encoders import qlae as encoders
 from isthmus.encoders.backbone import Backbone, made_for
-from isthmus.encoders.qlae import DenseEncoder, QLAEEncoder
+from isthmus.encoders.images import qlae as encoders
+from isthmus.encoders.images.qlae import DenseEncoder, QLAEEncoder
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.metrics.infomec import InfoMEC, infomec

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isthmus.data.transforms import Compose
 from isthmus.decoders.ffnet_head import FFNetHead
 from isthmus.encoders.backbone import Backbone
-from isthmus.encoders.ffnet import FFNet
+from isthmus.encoders.images.ffnet import FFNet
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.lenses.receptive_field import rms_radius

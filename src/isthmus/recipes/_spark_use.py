@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from isthmus.codec import UserError, build, create_timm, load_weights, save_weights, spec_of, write_atomically
-from isthmus.data.decoding import Unreadable, decode_image
+from isthmus.data.readers.decoding import Unreadable, decode_image
 from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.encoders.backbone import Backbone
 from isthmus.layers.random import derive_seed

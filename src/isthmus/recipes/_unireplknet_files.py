@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.codec import UserError
+from isthmus.data.builtin.series import read_csv
 from isthmus.data.dataset import Dataset, Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
-from isthmus.data.series import read_csv
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize
 from isthmus.recipes._image_classification import IMAGENET
 from isthmus.recipes._unireplknet_tasks import AudioTask

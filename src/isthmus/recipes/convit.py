@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError
 from isthmus.data import evaluation_batches, load
-from isthmus.encoders.convit import GPSA, ConViT, locality, relative_offsets
+from isthmus.encoders.images.convit import GPSA, ConViT, locality, relative_offsets
 from isthmus.engine import Run, Training, read_config
 from isthmus.recipes import _image_classification as shared
 from isthmus.recipes._image_classification import IMAGENET, Augmentation

@@ -46,9 +46,9 @@ from isthmus.data import Dataset
 from isthmus.data import load as load_data
 from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.encoders.backbone import Backbone, made_for
-from isthmus.encoders.embedding import Embedding
-from isthmus.encoders.pixels import Pixels
+from isthmus.encoders.images.pixels import Pixels
 from isthmus.encoders.trained import trained
+from isthmus.encoders.words.embedding import Embedding
 from isthmus.engine import Run, Training
 from isthmus.recipes import _dkvb_stream as streams
 from isthmus.recipes import _dkvb_toy as toy

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from isthmus.codec import Loss, UserError, create_timm
 from isthmus.data import load
 from isthmus.encoders.backbone import made_for
-from isthmus.encoders.hornet import HorNet, convert_official
+from isthmus.encoders.images.hornet import HorNet, convert_official
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.layers.gnconv import GnConv

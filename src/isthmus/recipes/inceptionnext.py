@@ -21,8 +21,8 @@ from torch import nn
 
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.encoders.inceptionnext import InceptionDWConv2d
-from isthmus.encoders.metanext import MetaNeXt
+from isthmus.encoders.images.inceptionnext import InceptionDWConv2d
+from isthmus.encoders.images.metanext import MetaNeXt
 from isthmus.engine import Run, Training, read_config
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.recipes import _image_classification as shared

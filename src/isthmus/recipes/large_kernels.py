@@ -44,9 +44,9 @@ from torch import Tensor, nn
 from isthmus.codec import UserError, create_timm
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import decode_image
+from isthmus.data.readers.decoding import decode_image
 from isthmus.data.transforms import Compose, Normalize, Resize
-from isthmus.encoders.unireplknet import UniRepLKNet
+from isthmus.encoders.images.unireplknet import UniRepLKNet
 from isthmus.engine import Run, Training, read_config
 from isthmus.lenses.receptive_field import THRESHOLDS, ReceptiveField, Scale, normalise, receptive_field
 from isthmus.recipes import _image_classification as shared
@@ -234,7 +234,7 @@ def convert(path: Path, out: Path) -> Path:
     Raises:
         UserError: no such checkpoint.
     """
-    from isthmus.encoders.replknet import convert_official, fold_state, is_merged
+    from isthmus.encoders.images.replknet import convert_official, fold_state, is_merged
 
     ours = convert_official(shared.read_checkpoint(path, "RepLKNet"))
     head = ours.get("head.fc.weight")

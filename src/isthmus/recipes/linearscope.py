@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from isthmus.codec import Loss, UserError, load_weights, write_atomically
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import CenterCrop, Compose, Resize
 from isthmus.encoders.trained import trained
 from isthmus.engine import Run, Training, read_config

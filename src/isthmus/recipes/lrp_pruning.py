@@ -38,8 +38,8 @@ from isthmus.compression.relevance_pruning import load_pruned, prune, save_prune
 from isthmus.compression.reshaping import read_metadata
 from isthmus.data import Dataset, load
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.hashing import permutation
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.encoders.trained import trained
 from isthmus.engine import Run, Training
 from isthmus.lenses.relevance import COMPOSITES, relevance

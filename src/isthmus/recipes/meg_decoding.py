@@ -26,10 +26,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from isthmus.codec import Codec, UserError, save_weights, write_atomically
-from isthmus.data.brain.cortex import NETWORKS, mean_latency
+from isthmus.data.builtin.brain.cortex import NETWORKS, mean_latency
 from isthmus.decoders.latent_heads import LatentHeads
 from isthmus.decoders.streaming import StreamingDecoder
-from isthmus.encoders.meg_conv import MEGConv, from_official
+from isthmus.encoders.signals.meg_conv import MEGConv, from_official
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.layers.robust_scale import RobustScale

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from isthmus.codec import UserError, create_timm
 from isthmus.data import load
 from isthmus.encoders.backbone import made_for
-from isthmus.encoders.metamixer import MixerNet
+from isthmus.encoders.images.metamixer import MixerNet
 from isthmus.engine import Run, Training, read_config
 from isthmus.layers.metamixer import ConvNorm, ffnified_attention, reparam_depthwise, self_attention
 from isthmus.recipes import _image_classification as shared
@@ -208,7 +208,7 @@ _PUBLISHED: Mapping[str, str] = {
 
 
 def mixer(name: str, heads: int, stages: int) -> Callable[[int, int], nn.Module]:
-    """``mixer(dim, stage)`` for :class:`~isthmus.encoders.metamixer.MixerNet`; merged, all have the same parameters.
+    """``mixer(dim, stage)`` for :class:`MixerNet`; merged, all have the same parameters.
 
     FFNified attention has C² + 101·C of them. The others get the inner width that comes nearest: of queries, keys and
     values in self-attention, and between two 1x1 convolutions elsewhere, so that mixers without kernels of their own

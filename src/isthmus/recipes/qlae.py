@@ -43,7 +43,7 @@ from torch import Tensor
 from isthmus.codec import Codec, UserError, write_atomically
 from isthmus.data import evaluation_batches
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import CenterCrop, Compose, Resize, Transform
 from isthmus.engine import Run, Training
 from isthmus.metrics.infomec import infomec

@@ -32,13 +32,13 @@ from torchvision.transforms.v2.functional import to_pil_image
 from isthmus.codec import UserError, create_timm, load_weights, save_weights, spec_of
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.hashing import below, words
-from isthmus.data.local import local
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.readers.local import local
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Normalize, RandomCrop, Resize, Transform
 from isthmus.decoders import probes as heads
 from isthmus.decoders.probes import AlexNetProbe, ConvProbe, NonLinearProbe, PooledProbe
-from isthmus.encoders import alexnet, nin
+from isthmus.encoders.images import alexnet, nin
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.engine.probing import Level, accuracy, first_per_class, probe

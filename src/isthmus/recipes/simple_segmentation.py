@@ -31,12 +31,12 @@ from PIL import Image
 from isthmus.codec import Codec, UserError, create_timm, write_atomically
 from isthmus.data import Dataset, load
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import Compose, Flip, RandomResizedCrop
 from isthmus.decoders import ffnet_head
 from isthmus.decoders.ffnet_head import FFNetClassifier, FFNetHead
-from isthmus.encoders import ffnet
 from isthmus.encoders.backbone import Backbone, made_for
+from isthmus.encoders.images import ffnet
 from isthmus.encoders.trained import read_state
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit

@@ -32,8 +32,8 @@ from torchvision.transforms import Normalize
 
 from isthmus import data
 from isthmus.codec import UserError, save_weights
-from isthmus.data.augment import RandomErase, TrivialAugment
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Mixup, RandomResizedCrop, Resize
+from isthmus.data.transforms.augment import RandomErase, TrivialAugment
 from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.encoders.backbone import Backbone
 from isthmus.engine.fit import fit

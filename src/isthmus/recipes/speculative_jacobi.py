@@ -37,7 +37,7 @@ from torch import Tensor
 from isthmus.codec import UserError, write_atomically
 from isthmus.data import evaluation_batches, load
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.engine import Run, Training, read_config
 from isthmus.metrics.distributions import same_marginals, sliced_wasserstein
 from isthmus.recipes import _speculative_exactness as exactness

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from isthmus.codec import Codec, UserError, write_atomically
 from isthmus.data import Dataset, evaluation_batches, load
+from isthmus.data.builtin.street_numbers import NumberBox
 from isthmus.data.dataset import Unreadable
-from isthmus.data.decoding import IMAGE_SUFFIXES, decode_image
-from isthmus.data.street_numbers import NumberBox
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import CenterCrop, Compose, RandomCrop, Resize, Transform
 from isthmus.decoders.digit_sequence import (
     AbsentDigits,
@@ -46,7 +46,7 @@ from isthmus.decoders.digit_sequence import (
     targets,
 )
 from isthmus.encoders.backbone import Backbone, made_for
-from isthmus.encoders.maxout_cnn import MaxoutCNN
+from isthmus.encoders.images.maxout_cnn import MaxoutCNN
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.metrics.coverage import coverage, coverage_curve

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from isthmus.codec import UserError, create_timm
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.transforms import Transform
-from isthmus.encoders.aggregated_attention import AggregatedAttention, CosineAttention, Grid, unit
-from isthmus.encoders.transnext import TransNeXt, convert_official
+from isthmus.encoders.images.aggregated_attention import AggregatedAttention, CosineAttention, Grid, unit
+from isthmus.encoders.images.transnext import TransNeXt, convert_official
 from isthmus.engine import Run, Training, read_config
 from isthmus.recipes import _image_classification as shared
 

@@ -14,7 +14,7 @@ this small, whose whole extent the deep stages of the 3x3 network see as well: o
 more slowly. In the 500 steps of the click distances the 3x3 network has them all and the 13x13 one only on some seeds,
 which also costs it the 85 % that every task should reach; in 1,000 steps it has them all too.
 
-    from isthmus.encoders.as_image import AsImage, AudioImage
+    from isthmus.encoders.images.as_image import AsImage, AudioImage
     from isthmus.encoders.backbone import Backbone
     (tokens,) = AsImage(AudioImage(), Backbone("unireplknet_a", in_chans=1))(waveforms)      # (B, L) → (B, N, C)
 """
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from isthmus.codec import UserError, load_weights, save_weights, write_atomically
 from isthmus.data import Dataset, Memory, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
-from isthmus.data.local import local
+from isthmus.data.readers.local import local
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.recipes import _image_classification as shared
@@ -259,7 +259,7 @@ def convert(path: Path, out: Path) -> Path:
     Raises:
         UserError: no such checkpoint.
     """
-    from isthmus.encoders.unireplknet import convert_official
+    from isthmus.encoders.images.unireplknet import convert_official
 
     ours = convert_official(shared.read_checkpoint(path, "UniRepLKNet"))
     head = ours.get("head.fc.weight")

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from isthmus.data.scenes import (
+from isthmus.data.builtin.scenes import (
     CANVAS,
     MOTIONS,
     Motion,

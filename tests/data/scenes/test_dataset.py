@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from isthmus import data
 from isthmus.codec import UserError
+from isthmus.data.builtin.scenes import COLOURS, SHAPES, Bias, Pairing, Scenes, Space, caption, question, refer, render
 from isthmus.data.dataset import collate
-from isthmus.data.scenes import COLOURS, SHAPES, Bias, Pairing, Scenes, Space, caption, question, refer, render
 
 ALL = (
     *("image", "label", "mask", "masks", "boxes", "labels"),

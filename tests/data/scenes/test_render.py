@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from isthmus.data.scenes import (
+from isthmus.data.builtin.scenes import (
     COLOURS,
     GROUNDS,
     SHAPES,
@@ -27,8 +27,8 @@ from isthmus.data.scenes import (
     sample,
     without_texture,
 )
-from isthmus.data.scenes.shapes import TURN
-from isthmus.data.scenes.textures import TONE
+from isthmus.data.builtin.scenes.shapes import TURN
+from isthmus.data.builtin.scenes.textures import TONE
 from tests.conftest import ROOT
 
 EVERYTHING = Space(objects=range(7), shapes=SHAPES, colours=tuple(COLOURS), fills=TEXTURES, textures=TEXTURES)
@@ -187,7 +187,7 @@ def test_outputs_do_not_depend_on_which_others_are_asked_for() -> None:
 def test_windows_cut_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
     large = dataclasses.replace(EVERYTHING, shadows=(0, 30, 100), inside=False, sizes=(20, 60, 150, 300, 700, 1300))
     table = encode(scenes(100, 10, large))
-    module = importlib.import_module("isthmus.data.scenes.render")
+    module = importlib.import_module("isthmus.data.builtin.scenes.render")
     for size in (16, 50, 128):
         windows = paint(table, size, ("image", "masks", "amodal", "boxes"))
         with monkeypatch.context() as patch:

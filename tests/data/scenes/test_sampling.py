@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from isthmus.data.scenes import (
+from isthmus.data.builtin.scenes import (
     CANVAS,
     COLOURS,
     SHAPES,

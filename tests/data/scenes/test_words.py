@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from isthmus.data.scenes import (
+from isthmus.data.builtin.scenes import (
     COLOURS,
     GROUNDS,
     SHAPES,
@@ -26,7 +26,7 @@ from isthmus.data.scenes import (
     sample,
     split,
 )
-from isthmus.data.scenes.words import NUMBERS, ORDINALS, QUESTIONS, SURFACES
+from isthmus.data.builtin.scenes.words import NUMBERS, ORDINALS, QUESTIONS, SURFACES
 
 SPACES = (
     Space(objects=range(6)),

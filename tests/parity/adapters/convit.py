@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
-from isthmus.encoders.convit import GPSA, ConViT, locality, nonlocality, relative_offsets
+from isthmus.encoders.images.convit import GPSA, ConViT, locality, nonlocality, relative_offsets
 from tests.parity.case import Case, UnknownCase
 
 Grid = tuple[int, int]

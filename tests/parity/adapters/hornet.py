@@ -12,8 +12,8 @@ import isthmus.encoders  # noqa: F401 - registers the sizes with timm
 from isthmus.codec import FeatureInfo
 from isthmus.decoders import necks
 from isthmus.decoders.necks import HorFPN
-from isthmus.encoders import hornet
-from isthmus.encoders.hornet import HorNet
+from isthmus.encoders.images import hornet
+from isthmus.encoders.images.hornet import HorNet
 from isthmus.layers.gnconv import GlobalLocalFilter, GnConv
 from tests.parity.case import Case, UnknownCase
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
-from isthmus.encoders.inceptionnext import InceptionDWConv2d, PartialConv2d, accelerate
-from isthmus.encoders.metanext import MetaNeXt, reparameterize
+from isthmus.encoders.images.inceptionnext import InceptionDWConv2d, PartialConv2d, accelerate
+from isthmus.encoders.images.metanext import MetaNeXt, reparameterize
 from tests.parity.case import Case, UnknownCase
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
-from isthmus.encoders import replknet
-from isthmus.encoders.replknet import RepLKNet
+from isthmus.encoders.images import replknet
+from isthmus.encoders.images.replknet import RepLKNet
 from isthmus.layers.reparam import ReparamConv
 from isthmus.lenses.receptive_field import area_ratio, contribution, normalise, receptive_field
 from tests.parity.adapters.unireplknet import before_and_after, dilated_branch_merge, image_network, whole_network

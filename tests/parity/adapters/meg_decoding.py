@@ -9,8 +9,8 @@ from torch import Tensor
 
 from isthmus.codec import Codec
 from isthmus.decoders.latent_heads import LatentHeads, TimeAttention
-from isthmus.encoders.meg_conv import MEGConv, from_official, official_arguments
-from isthmus.encoders.sensor_attention import SpatialAttention, drop_channels, fourier, usage_penalty
+from isthmus.encoders.signals.meg_conv import MEGConv, from_official, official_arguments
+from isthmus.encoders.signals.sensor_attention import SpatialAttention, drop_channels, fourier, usage_penalty
 from isthmus.objectives.contrastive import contrastive_loss, sigmoid_loss, similarity
 from tests.parity.case import Case, UnknownCase
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from isthmus.decoders import metamixer_head, metamixer_sr
 from isthmus.decoders.metamixer_head import MetaMixerHead
 from isthmus.decoders.metamixer_sr import MetaMixerSR
-from isthmus.encoders import metamixer, metamixer_forecaster
-from isthmus.encoders.metamixer import FFNet, FFNetSeg
-from isthmus.encoders.metamixer_forecaster import MetaMixerForecaster
+from isthmus.encoders.images import metamixer
+from isthmus.encoders.images.metamixer import FFNet, FFNetSeg
+from isthmus.encoders.signals import metamixer_forecaster
+from isthmus.encoders.signals.metamixer_forecaster import MetaMixerForecaster
 from isthmus.objectives.super_resolution import fft_loss
 from tests.parity.case import Case, UnknownCase
 

@@ -13,8 +13,8 @@ from isthmus.bottlenecks.latent_quantization import from_official as tables_from
 from isthmus.codec import Codec
 from isthmus.decoders.style_decoder import StyleDecoder
 from isthmus.decoders.style_decoder import from_official as decoder_from_official
-from isthmus.encoders.qlae import QLAEEncoder
-from isthmus.encoders.qlae import from_official as encoder_from_official
+from isthmus.encoders.images.qlae import QLAEEncoder
+from isthmus.encoders.images.qlae import from_official as encoder_from_official
 from isthmus.metrics import infomec
 from isthmus.objectives.latent_quantization import Autoencoding, InfoWGAN, decay_groups
 from tests.parity.case import Case, UnknownCase

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from isthmus.decoders import probes
 from isthmus.decoders.probes import ConvProbe, NonLinearProbe, PooledProbe
-from isthmus.encoders import alexnet, nin
-from isthmus.encoders.alexnet import AlexNet
-from isthmus.encoders.nin import NetworkInNetwork
+from isthmus.encoders.images import alexnet, nin
+from isthmus.encoders.images.alexnet import AlexNet
+from isthmus.encoders.images.nin import NetworkInNetwork
 from isthmus.objectives.rotation import Rotation
 from tests.parity.case import Case, UnknownCase
 

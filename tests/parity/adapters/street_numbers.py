@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.decoders.digit_sequence import DigitSequence, NumberScores, negative_log_likelihood, read, right
-from isthmus.encoders.maxout_cnn import ConvUnit, MaxoutCNN, Pool, SubtractMean, maxout, street_view
+from isthmus.encoders.images.maxout_cnn import ConvUnit, MaxoutCNN, Pool, SubtractMean, maxout, street_view
 from isthmus.metrics.coverage import coverage
 from tests.parity.case import Case, UnknownCase
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
-from isthmus.encoders.transnext import TransNeXt, convert_official
+from isthmus.encoders.images.transnext import TransNeXt, convert_official
 from tests.parity.case import Case, UnknownCase
 
 _SAME = ("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios", "patch_size", "fixed_pool_size")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isthmus.encoders import as_image, unireplknet
-from isthmus.encoders.as_image import AudioImage, PointImage, SeriesImage, VideoImage
-from isthmus.encoders.unireplknet import UniRepLKNet, dilated_reparam_conv
+from isthmus.encoders.images import as_image, unireplknet
+from isthmus.encoders.images.as_image import AudioImage, PointImage, SeriesImage, VideoImage
+from isthmus.encoders.images.unireplknet import UniRepLKNet, dilated_reparam_conv
 from isthmus.layers.reparam import ReparamConv
 from tests.parity.case import Case, UnknownCase
 

@@ -1,0 +1,1 @@
+"""Sources that read a person's own files: pictures, tables, shards, recordings, the hub."""

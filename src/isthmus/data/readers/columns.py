@@ -1,0 +1,260 @@
+"""Which column of a table is which, and what its cells become.
+
+Tables name the same thing in many ways. An exact name comes first, then the usual names below, as long as the column's
+type fits; what stays uncertain is told by the person: ``?image=pic&label=objects.category``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus.codec import UserError
+from isthmus.data.dataset import Unreadable
+from isthmus.data.readers.decoding import as_image, as_mask
+
+_ALIASES = {
+    "image": ("image", "img", "images", "picture", "photo", "pixel_values", "jpg", "jpeg", "png", "webp", "image.jpg"),
+    "label": ("label", "labels", "fine_label", "target", "class", "category", "cls", "digit", "y"),
+    "mask": ("mask", "segmentation_mask", "segmentation", "annotation", "seg", "label", "mask.png", "seg.png"),
+    "boxes": ("boxes", "bboxes"),  # bbox is as often xywh as xyxy: not guessed
+    "labels": ("labels", "categories", "classes", "category"),
+    "caption": ("caption", "captions", "text", "txt", "sentence", "sentences"),
+    "audio": ("audio", "sound", "wav", "flac", "mp3", "ogg"),
+    "signal": ("signal", "timeseries", "eeg", "meg"),
+    "tokens": ("tokens", "input_ids"),
+    "subject": ("subject", "subject_id", "speaker", "speaker_id", "participant"),
+}
+_FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "xyxy": lambda boxes: boxes,
+    "xywh": lambda boxes: torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
+    "cxcywh": lambda boxes: torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1),
+}
+
+
+class Columns:
+    """How the rows of one table become samples.
+
+    Args:
+        name: of the source, for messages.
+        features: the table's column types.
+        renames: our column → the table's, where a person said so; ``objects.bbox`` reaches into a structure.
+        boxes_format: what the four numbers of a box are: ``xyxy``, ``xywh`` or ``cxcywh``, in pixels.
+        folder: where relative image paths start.
+
+    Attributes:
+        source: our column → the table's column, in the table's order of columns.
+        names: our column → the words that its numbers stand for.
+
+    Raises:
+        UserError: a rename names a column that is not there, or an unknown box format.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        features: datasets.Features,
+        renames: Mapping[str, str],
+        boxes_format: str = "xyxy",
+        folder: Path | None = None,
+    ) -> None:
+        if boxes_format not in _FORMATS:
+            raise UserError(f"{name}: boxes_format must be {', '.join(_FORMATS)}, got {boxes_format!r}.")
+        self.features, self.folder, self.boxes_format = features, folder, boxes_format
+        self.source = _resolve(name, features, renames)
+        self.names: dict[str, list[str]] = {}
+        for column, path in self.source.items():
+            kind = _innermost(_feature(features, path))
+            if isinstance(kind, datasets.ClassLabel):
+                self.names[column] = list(kind.names)
+
+    def wordy(self, columns: Iterable[str]) -> list[str]:
+        """Those of ``columns`` that hold words where numbers are wanted; :meth:`learn` their values before reading."""
+        kinds = {column: _innermost(_feature(self.features, self.source[column])) for column in columns}
+        return [
+            column
+            for column, kind in kinds.items()
+            if column in ("label", "labels", "subject") and getattr(kind, "dtype", "").endswith("string")
+        ]
+
+    def learn(self, column: str, values: Iterable[Any]) -> None:
+        """Number the words of a column in alphabetical order."""
+        words = (word for value in values for word in (value if isinstance(value, list) else [value]))
+        self.names[column] = sorted({word for word in words if word is not None})
+
+    def values(self, rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Any]:
+        """The untouched cells of one column."""
+        for row in rows:
+            yield self._cell(row, column)
+
+    def sample(self, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+        """A row of the table → the columns asked for.
+
+        Raises:
+            Unreadable: a cell is empty, damaged or of the wrong form.
+        """
+        sample = {}
+        for column in columns:
+            value = None
+            try:
+                value = self._cell(row, column)
+                sample[column] = self._convert(column, value)
+            except Unreadable as error:
+                raise Unreadable(f"{column}: {error}") from error
+            except (TypeError, ValueError, KeyError) as error:
+                raise Unreadable(f"{column}: {value!r:.60} is of no use ({error})") from error
+        _check(sample)
+        return sample
+
+    def top(self, columns: Iterable[str]) -> list[str]:
+        """The table's own columns that ``columns`` are read from."""
+        return list(dict.fromkeys(self._steps(column)[0] for column in columns))
+
+    def _cell(self, row: Mapping[str, Any], column: str) -> Any:
+        value: Any = row
+        for step in self._steps(column):
+            value = value[step] if isinstance(value, Mapping) else [each[step] for each in value or ()]
+        return value
+
+    def _steps(self, column: str) -> list[str]:
+        path = self.source[column]
+        return [path] if path in self.features else path.split(".")
+
+    def _convert(self, column: str, value: Any) -> Any:
+        if column in ("image", "mask"):
+            value = _located(value, self.folder)
+            return as_image(value) if column == "image" else as_mask(value)
+        if column == "boxes":
+            boxes = torch.as_tensor(np.asarray(value, dtype=np.float32).reshape(-1, 4))
+            return _FORMATS[self.boxes_format](boxes)
+        if column == "labels":
+            return torch.tensor([self._number(column, each) for each in value], dtype=torch.int64)
+        if column in ("label", "subject"):
+            return torch.tensor(self._number(column, value))
+        if column == "caption":
+            text = value[0] if isinstance(value, (list, tuple)) and value else value
+            if not isinstance(text, str):
+                raise Unreadable("the cell holds no text")
+            return text
+        if column == "tokens":
+            return torch.as_tensor(np.asarray(value, dtype=np.int64))
+        if column == "signal":
+            return torch.as_tensor(np.asarray(value, dtype=np.float32))
+        if column == "audio" and isinstance(value, Mapping) and value.get("bytes"):
+            return value["bytes"]
+        return _plain(value)
+
+    def _number(self, column: str, value: Any) -> int | float:
+        if value is None:
+            raise Unreadable("the cell is empty")
+        if isinstance(value, str):
+            return self.names[column].index(value)
+        return int(value) if float(value).is_integer() else float(value)
+
+
+def _resolve(name: str, features: datasets.Features, renames: Mapping[str, str]) -> dict[str, str]:
+    for column, path in renames.items():
+        if _feature(features, path) is None:
+            near = difflib.get_close_matches(path, features, n=1)
+            told = f" Nearest: {near[0]}." if near else ""
+            raise UserError(
+                f"{name}: there is no column {path!r} to take as {column}; there are {', '.join(features)}.{told}"
+            )
+    found = dict(renames)
+    taken = set(renames.values())
+    for exact in (True, False):
+        for column, aliases in _ALIASES.items():
+            for alias in aliases[:1] if exact else aliases:
+                if column not in found and alias in features and alias not in taken and _fits(column, features[alias]):
+                    found[column] = alias
+                    taken.add(alias)
+    pictures = [each for each, kind in features.items() if isinstance(kind, datasets.Image) and each not in taken]
+    if "image" not in found and len(pictures) == 1:
+        found["image"] = pictures[0]
+    others = {each: each for each in features if each not in found.values() and not each.startswith("__")}
+    return found | {column: path for column, path in others.items() if column not in found}
+
+
+def _fits(column: str, kind: Any) -> bool:
+    """Whether a column of this type can be what its name says (``labels`` is one number here and a list there)."""
+    listed = isinstance(kind, (datasets.List, datasets.LargeList, list)) or hasattr(kind, "shape")
+    number = isinstance(kind, datasets.ClassLabel) or (
+        isinstance(kind, datasets.Value) and not kind.dtype.startswith(("binary", "large_binary"))
+    )
+    if column in ("label", "subject"):
+        return number
+    if column in ("boxes", "labels", "tokens", "signal"):
+        return listed
+    if column == "mask":
+        return listed or isinstance(kind, datasets.Image) or _holds_bytes(kind)
+    if column == "image":
+        return (
+            listed or isinstance(kind, datasets.Image) or _holds_bytes(kind) or getattr(kind, "dtype", "") == "string"
+        )
+    if column == "caption":
+        return getattr(_innermost(kind), "dtype", "").endswith("string")
+    return True
+
+
+def _holds_bytes(kind: Any) -> bool:
+    return "bytes" in kind if isinstance(kind, dict) else getattr(kind, "dtype", "") in ("binary", "large_binary")
+
+
+def _feature(features: Mapping[str, Any], path: str) -> Any:
+    """The type of a column, or of a part of a structure; ``None`` where there is none."""
+    if path in features:
+        return features[path]
+    kind: Any = features
+    for step in path.split("."):
+        kind = _innermost(kind) if not isinstance(kind, Mapping) else kind
+        kind = kind.get(step) if isinstance(kind, Mapping) else None
+    return kind
+
+
+def _innermost(kind: Any) -> Any:
+    while isinstance(kind, (datasets.List, datasets.LargeList, list)):
+        kind = kind[0] if isinstance(kind, list) else kind.feature
+    return kind
+
+
+def _located(value: Any, folder: Path | None) -> Any:
+    """An image given as a path starts at the table's folder; as an address, it is fetched; of several, the first."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Mapping, bytes)):
+        value = value[0]
+    if isinstance(value, Mapping) and not value.get("bytes") and value.get("path"):
+        value = value["path"]
+    if isinstance(value, str) and "://" in value:
+        try:
+            with fsspec.open(value, "rb") as file:
+                return file.read()  # type: ignore[union-attr]
+        except OSError as error:
+            raise Unreadable(f"{value} cannot be opened ({error})") from error
+    return folder / value if isinstance(value, str) and folder else value
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists of numbers as tensors; all else as it is."""
+    if isinstance(value, (bool, int, float)):
+        return torch.tensor(value)
+    if isinstance(value, list) and value:
+        try:
+            return torch.as_tensor(np.asarray(value))
+        except (TypeError, ValueError):
+            return value
+    return value
+
+
+def _check(sample: Mapping[str, Any]) -> None:
+    if "image" in sample and "mask" in sample and sample["image"].shape[-2:] != sample["mask"].shape[-2:]:
+        sizes = [f"{each.shape[-2]}×{each.shape[-1]}" for each in (sample["image"], sample["mask"])]
+        raise Unreadable(f"the image is {sizes[0]} and its mask {sizes[1]}")
+    if "boxes" in sample and "labels" in sample and len(sample["boxes"]) != len(sample["labels"]):
+        raise Unreadable(f"it has {len(sample['boxes'])} boxes and {len(sample['labels'])} labels")

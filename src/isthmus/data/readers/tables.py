@@ -1,0 +1,219 @@
+"""``parquet:PATH`` and ``hub:NAME``: tables read through Hugging Face ``datasets``, which maps them into memory.
+
+A path is a file, a glob or a folder. File names and the folders between say the split
+(``train-00000-of-00004.parquet``, ``validation/a.parquet``); what is missing is carved out as
+:mod:`isthmus.data.splits` says.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from isthmus.codec import UserError
+from isthmus.data.cache import keep_small
+from isthmus.data.dataset import Dataset, Unreadable, pick_needs
+from isthmus.data.readers.columns import Columns
+from isthmus.data.splits import divide, part_of, row_fractions, spaced
+
+_STREAM_ABOVE = 32 * 2**30  # bytes of parquet that are no longer copied into the cache of datasets
+
+
+class Table(Dataset):
+    """Rows of a table, decoded when they are asked for.
+
+    Args:
+        name: of the source.
+        table: the rows, with images left encoded.
+        rows: which rows are meant, and in which order.
+        columns: turns rows into samples.
+        wanted: the columns to read.
+        places: ``(first row, file)`` of every file, in order, to name a row.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: datasets.Dataset,
+        rows: np.ndarray,
+        columns: Columns,
+        wanted: Sequence[str],
+        places: Sequence[tuple[int, str]],
+    ) -> None:
+        super().__init__(name, tuple(columns.source), columns.names.get("label") or columns.names.get("labels"))
+        self.table = encoded(table).select_columns(columns.top(wanted))
+        self.rows, self.names, self.wanted, self.places = rows, columns, tuple(wanted), list(places)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> dict[str, Any]:
+        return self.names.sample(self.table[int(self.rows[index])], self.wanted)
+
+    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any] | Unreadable]:
+        if not len(indices):
+            return []
+        cells = self.table[self.rows[np.asarray(indices, dtype=np.int64)].tolist()]
+        samples: list[dict[str, Any] | Unreadable] = []
+        for values in zip(*cells.values(), strict=True):
+            try:
+                samples.append(self.names.sample(dict(zip(cells, values, strict=True)), self.wanted))
+            except Unreadable as error:
+                samples.append(error)
+        return samples
+
+    def identify(self, index: int) -> str:
+        row = int(self.rows[index])
+        start, file = self.places[bisect_right([first for first, _ in self.places], row) - 1]
+        return f"row {row - start} of {file}"
+
+
+def load(
+    split: str,
+    needs: Sequence[str],
+    seed: int,
+    *,
+    path: str,
+    stream: int = -1,
+    buffer: int = 1024,
+    boxes_format: str = "xyxy",
+    renames: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    name: str = "parquet",
+) -> Any:
+    """The rows of parquet files.
+
+    Args:
+        split: see :mod:`isthmus.data.splits`; of a single file 80 % are ``train`` and 10 % each ``val`` and ``test``.
+        needs: columns to read.
+        seed: unused; rows are what they are.
+        path: a file, a folder or a glob.
+        stream: 1 reads from the disk in turn instead of copying into the cache, 0 never; by itself above 32 GiB.
+        buffer: samples that a stream shuffles at a time.
+        boxes_format: ``xyxy``, ``xywh`` or ``cxcywh``.
+        renames: our column → the file's.
+        limit: at most so many rows, evenly spaced.
+        name: what messages call the source.
+
+    Raises:
+        UserError: no such file, none readable, a missing column, or no row in the split.
+    """
+    root, files = find(path, (".parquet",), name)
+    if stream == 1 or (stream == -1 and sum(file.stat().st_size for file in files) > _STREAM_ABOVE):
+        from isthmus.data.readers.shards import load as load_shards
+
+        return load_shards(
+            split, needs, seed, pattern=path, buffer=buffer, boxes_format=boxes_format, renames=renames, name=name
+        )
+    lengths, broken = _lengths(files)
+    if not lengths:
+        raise UserError(f"{broken[0][0]} is not a readable parquet file: {broken[0][1]}.")
+    files = list(lengths)
+    starts = [0, *accumulate(lengths.values())]
+    parts = [part for file in files for part in [file_part(file, root)] * lengths[file]]
+    fractions = [row_fractions(file.relative_to(root).as_posix(), lengths[file]) for file in files]
+    chosen = divide(parts, split, np.concatenate(fractions))
+    if not len(chosen):
+        raise UserError(f"{name} has {starts[-1]} rows but none for the split {split!r}; add a file named after it.")
+    chosen = chosen[spaced(len(chosen), limit)]
+    used = np.unique(np.searchsorted(starts, chosen, side="right") - 1)
+    offsets = [0, *accumulate(lengths[files[i]] for i in used)]
+    local = chosen.copy()
+    for offset, i in zip(offsets, used, strict=False):
+        inside = (chosen >= starts[i]) & (chosen < starts[i + 1])
+        local[inside] += offset - starts[i]
+    with quiet(name):
+        table = datasets.load_dataset("parquet", data_files=[str(files[i]) for i in used], split="train")
+    columns = Columns(name, table.features, renames or {}, boxes_format, files[0].parent)
+    wanted = pick_needs(name, needs, tuple(columns.source))
+    for column in columns.wordy(wanted):
+        with quiet(name):  # of all files, so that a word has the same number in every split
+            cells = [pq.read_table(file, columns=columns.top([column])).to_pylist() for file in files]
+        columns.learn(column, columns.values(chain.from_iterable(cells), column))
+    places = [(offset, str(files[i].relative_to(root))) for offset, i in zip(offsets, used, strict=False)]
+    dataset = keep_small(Table(name, table, local, columns, wanted, places))
+    dataset.skipped[:0] = [(str(file), reason) for file, reason in broken]
+    return dataset
+
+
+def encoded(table: Any) -> Any:
+    """The table with images and sounds left as the bytes they are, for us to decode."""
+    for column, kind in table.features.items():
+        if isinstance(kind, (datasets.Image, datasets.Audio)):
+            table = table.cast_column(column, type(kind)(decode=False))
+    return table
+
+
+def find(path: str, suffixes: tuple[str, ...], name: str) -> tuple[Path, list[Path]]:
+    """The files that a path, folder or glob means, sorted, and the folder that their names start from.
+
+    Raises:
+        UserError: there is none; the message tells the nearest name.
+    """
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given.parent, [given]
+    if given.is_dir():
+        files = sorted(file for file in given.rglob("*") if file.is_file() and str(file).endswith(suffixes))
+        if not files:
+            raise UserError(f"{name}: the folder {given} holds no file that ends in {' or '.join(suffixes)}.")
+        return given, files
+    files = sorted(Path(file) for file in glob.glob(str(given), recursive=True) if Path(file).is_file())
+    if not files:
+        import difflib
+
+        beside = [each.name for each in given.parent.iterdir()] if given.parent.is_dir() else []
+        near = difflib.get_close_matches(given.name, beside, n=1, cutoff=0.5)
+        told = f" Nearest: {given.parent / near[0]}." if near else ""
+        raise UserError(f"{name}: there is no file {given}; give a file, a folder or a glob.{told}")
+    return Path(os.path.commonpath([file.parent for file in files])), files
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """``datasets`` without its progress bars, and with its errors in one sentence.
+
+    Raises:
+        UserError: for everything that ``datasets`` raises.
+    """
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # ArrowInvalid, DatasetGenerationError, ConnectionError, OSError, …
+        cause = error.__cause__ or error
+        raise UserError(f"{name} cannot be read: {' '.join(str(cause).split())[:300]}") from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _lengths(files: Sequence[Path]) -> tuple[dict[Path, int], list[tuple[Path, str]]]:
+    """File → rows, by what its footer says, and the files that have no readable footer."""
+    lengths, broken = {}, []
+    for file in files:
+        try:
+            lengths[file] = pq.read_metadata(file).num_rows
+        except (OSError, pa.ArrowException) as error:
+            broken.append((file, f"it may be cut short ({' '.join(str(error).split())[:120]})"))
+    return lengths, broken
+
+
+def file_part(file: Path, root: Path) -> str | None:
+    """The split that the name of a file, or of a folder on the way to it, says."""
+    words = [word for step in file.relative_to(root).parts for word in re.split(r"[^A-Za-z]+", step.split(".")[0])]
+    return next((part for word in words if (part := part_of(word))), None)

@@ -1,0 +1,1 @@
+"""Pixels → features: one architecture a file."""

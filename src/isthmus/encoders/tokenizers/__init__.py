@@ -1,0 +1,1 @@
+"""Pixels → the features that a codebook quantises."""
