@@ -175,6 +175,11 @@ class Run:
         """``steps``, or ``--max-steps`` where that is fewer."""
         return steps if self.options.max_steps is None else min(steps, self.options.max_steps)
 
+    @property
+    def few(self) -> bool:
+        """A try-out: ``--max-steps`` is below 20, so that measuring looks at few samples as well."""
+        return self.options.max_steps is not None and self.options.max_steps < 20
+
     # --------------------------------------------------------------------------------------------------- results
 
     @property
