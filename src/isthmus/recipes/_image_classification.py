@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,64 +21,18 @@ from isthmus.codec import UserError, load_weights, save_weights
 from isthmus.data import Dataset, Repeated, evaluation_batches
 from isthmus.data.dataset import Unreadable
 from isthmus.data.hashing import permutation
+from isthmus.data.inputs import usual_crop as usual_crop
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
-from isthmus.data.transforms import (
-    CenterCrop,
-    Compose,
-    Flip,
-    Mixup,
-    Normalize,
-    RandomCrop,
-    RandomResizedCrop,
-    Resize,
-    Transform,
-)
-from isthmus.data.transforms.augment import RandAugment, RandomErase
+from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize, Transform
+from isthmus.data.transforms.augmentation import DEIT as DEIT
+from isthmus.data.transforms.augmentation import IMAGENET, Augmentation, training_transform
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import FitResult, fit
 from isthmus.objectives.classification import Classification
 from isthmus.report import figures
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NETWORK = "network.safetensors"
 _BATCH = 256
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How training images are changed; all of it is off by default."""
-
-    crop: float = 1.0
-    """Smallest share of a picture that a training crop covers; 1 crops nothing at random."""
-    padding: int = 0
-    """Zeros around a training image before a window of its size is cut out at random."""
-    flip: bool = False
-    """Mirror left and right at random."""
-    mixup: float = 0.0
-    """Strength of mixup."""
-    cutmix: float = 0.0
-    """Strength of CutMix."""
-    randaugment: str = ""
-    """Policy of RandAugment as timm names it, such as rand-m9-mstd0.5-inc1; none without it."""
-    erasing: float = 0.0
-    """Share of the images that get a rectangle of noise."""
-    repeats: int = 1
-    """Copies of an image in a batch, each changed on its own; an epoch then visits so many times fewer images."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1:
-            raise UserError(f"crop is the smallest share of a picture, above 0 and up to 1, got {self.crop}.")
-        for name in ("padding", "mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}.")
-        if not 0 <= self.erasing <= 1:
-            raise UserError(f"erasing is the share of the images that lose a rectangle, 0 to 1, got {self.erasing}.")
-        if self.repeats < 1:
-            raise UserError(f"repeats counts the copies of an image in a batch, 1 or more, got {self.repeats}.")
-
-
-#: What DeiT and those after it train with on ImageNet.
-DEIT = Augmentation(crop=0.08, flip=True, mixup=0.8, cutmix=1.0, randaugment="rand-m9-mstd0.5-inc1", erasing=0.25)
 
 
 def transforms(
@@ -111,23 +64,9 @@ def transforms(
         raise UserError(f"smoothing {smoothing} of labels lies between 0 and 1.")
     if not all(0 < value < math.inf for value in std):
         raise UserError(f"std {tuple(std)}: the standard deviation of every channel must be above 0.")
-    asked = augmentation or Augmentation()
-    resize, normalize = Resize(round(size / crop_pct)), Normalize(mean, std)
-    train: list[Transform] = (
-        [RandomResizedCrop(size, scale=(asked.crop, 1.0))] if asked.crop < 1 else [resize, CenterCrop(size)]
-    )
-    train += [RandomCrop(size, asked.padding)] if asked.padding else []
-    train += [Flip()] if asked.flip else []
-    train += [RandAugment(asked.randaugment, mean)] if asked.randaugment else []
-    train += [RandomErase(asked.erasing, mean=mean, std=std)] if asked.erasing else []
-    train += [normalize]
-    train += [Mixup(classes, asked.mixup, asked.cutmix, smoothing)] if asked.mixup or asked.cutmix else []
-    return Compose(train), Compose([resize, CenterCrop(size), normalize])
-
-
-def usual_crop(size: int) -> float:
-    """Share of the shorter side that ImageNet's pictures keep when measuring: 0.875 from 224 pixels, all from 384."""
-    return 0.875 if 224 <= size < 384 else 1.0
+    side = round(size / crop_pct)
+    train = training_transform((size, size), side, classes, augmentation or Augmentation(), mean, std, smoothing)
+    return train, Compose([Resize(side), CenterCrop(size), Normalize(mean, std)])
 
 
 def first(dataset: Dataset, number: int, what: str) -> Dataset:
