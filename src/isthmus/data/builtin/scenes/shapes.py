@@ -12,12 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from isthmus.data.exact import sqrt
+
 _HALF = 0.70710678  # √½
 _SIN60 = 0.8660254
 
 
 def _length(p: Tensor, q: Tensor) -> Tensor:
-    return torch.sqrt(p * p + q * q)
+    return sqrt(p * p + q * q)
 
 
 def circle(p: Tensor, q: Tensor, aspect: Tensor) -> Tensor:
@@ -65,11 +67,11 @@ def ellipse(p: Tensor, q: Tensor, aspect: Tensor) -> Tensor:
     a, b = p, q / aspect
     level = a * a + b * b
     c = b / aspect
-    return (level - 1) / (torch.sqrt(a * a + c * c) * 2 + 1e-3)
+    return (level - 1) / (sqrt(a * a + c * c) * 2 + 1e-3)
 
 
 def rectangle(p: Tensor, q: Tensor, aspect: Tensor) -> Tensor:
-    width = 1 / torch.sqrt(aspect * aspect + 1)
+    width = 1 / sqrt(aspect * aspect + 1)
     return torch.maximum(p.abs() - width, q.abs() - width * aspect)
 
 

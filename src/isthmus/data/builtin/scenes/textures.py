@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from isthmus.data.exact import sqrt
+
 _ACROSS, _DOWN = 0x27D4EB2D, 0x165667B1  # odd, so that neighbours differ in all bits
 
 
@@ -52,7 +54,7 @@ def waves(u: Tensor, v: Tensor, seed: Tensor, sharp: Tensor) -> Tensor:
 
 def dots(u: Tensor, v: Tensor, seed: Tensor, sharp: Tensor) -> Tensor:
     u, v = u - torch.floor(u) - 0.5, v - torch.floor(v) - 0.5
-    return _edge(0.3 - torch.sqrt(u * u + v * v), sharp)
+    return _edge(0.3 - sqrt(u * u + v * v), sharp)
 
 
 def speckle(u: Tensor, v: Tensor, seed: Tensor, sharp: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ def speckle(u: Tensor, v: Tensor, seed: Tensor, sharp: Tensor) -> Tensor:
     room = 0.5 - radius
     du = u - i - 0.5 - room * ((bits >> 8 & 255) * (2 / 256) - 1)
     dv = v - j - 0.5 - room * ((bits >> 16 & 255) * (2 / 256) - 1)
-    return _edge(radius - torch.sqrt(du * du + dv * dv), sharp * (1 / 3))
+    return _edge(radius - sqrt(du * du + dv * dv), sharp * (1 / 3))
 
 
 def noise(u: Tensor, v: Tensor, seed: Tensor, sharp: Tensor) -> Tensor:
