@@ -30,6 +30,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from isthmus.codec import replaces
 from isthmus.encoders.images.pyramid import check_images, check_settings, imagenet_cfg
 
 Grid = tuple[int, int]
@@ -431,9 +432,7 @@ class ConViT(convit.ConVit):
             self.pos_embed = nn.Parameter(resample_abs_pos_embed(self.pos_embed, list(embed.grid_size), old, 0))
 
 
-def of_any_size(model: nn.Module) -> nn.Module:
-    """:class:`ConViT` around timm's network, which takes images of one size only; any other model as it is."""
-    return ConViT.from_timm(model) if type(model) is convit.ConVit else model
+replaces(convit.ConVit, ConViT.from_timm)  # timm's network takes images of one size only
 
 
 def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
