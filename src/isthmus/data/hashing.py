@@ -1,7 +1,8 @@
 """Random numbers as a function of their place: the same on every machine, in any order, for any subset.
 
-Library generators may change their streams between versions; the built-in sources and the splits must not. Everything
-here is 64-bit integer arithmetic (the mixing function of SplitMix64, Steele et al. 2014, doi:10.1145/2660193.2660195).
+Library generators may change their streams between versions; the built-in sources and the splits must not. Words
+are 64-bit integer arithmetic (the mixing function of SplitMix64, Steele et al. 2014, doi:10.1145/2660193.2660195), what
+is made of them :mod:`isthmus.data.exact`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+
+from isthmus.data import exact
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -51,7 +54,14 @@ def normal(draws: np.ndarray, centred: bool = False) -> np.ndarray:
     """Words ``(…, 2n)`` → n independent normal numbers, float64 ``(…, n)`` (Box and Muller).
 
     ``centred`` takes the middle of every one of the 2^53 steps of the unit interval, not its lower end, and the
-    logarithm of the number, not of its complement; which of the two a source takes is part of its definition.
+    logarithm of the number, not of its complement (which is exact); which of the two a source takes is part of its
+    definition.
     """
+    length, angle = polar(draws, centred)
+    return length * exact.cos(angle)
+
+
+def polar(draws: np.ndarray, centred: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Words ``(…, 2n)`` → lengths and angles ``(…, n)`` of n points of the plane with two normal coordinates each."""
     first, second = np.split(unit(draws) + (2**-54 if centred else 0.0), 2, axis=-1)
-    return np.sqrt(-2 * (np.log(first) if centred else np.log1p(-first))) * np.cos(2 * np.pi * second)
+    return np.sqrt(-2 * exact.log(first if centred else 1 - first)), 2 * np.pi * second

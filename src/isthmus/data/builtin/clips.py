@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from isthmus.codec import UserError
+from isthmus.data import exact
 from isthmus.data.builtin.scenes import CANVAS, MOTIONS, Motion, Scene, Thing, describe, move, render
 from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import below, normal, unit, words
@@ -48,7 +49,7 @@ class Clips(Drawn):
         if orbit:
             away = CANVAS // 4 + int(below(draws[2], CANVAS // 2 - radius - CANVAS // 4))
             turn = 2 * np.pi * unit(draws[3])
-            x, y = (CANVAS // 2 + round(away * float(f(turn))) for f in (np.cos, np.sin))
+            x, y = (CANVAS // 2 + round(away * float(f(turn))) for f in (exact.cos, exact.sin))
             motion = Motion(orbit=orbit * ((90 + int(below(draws[4], 180))) // steps or 1))
         else:
             speed = (CANVAS // 4 + int(below(draws[4], CANVAS // 4))) // steps or 1

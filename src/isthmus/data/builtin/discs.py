@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from isthmus.codec import UserError
+from isthmus.data import exact
 from isthmus.data.dataset import Memory, pick_needs
 from isthmus.data.splits import divide, row_fractions
 
@@ -53,9 +55,10 @@ def load(split: str, needs: Sequence[str], seed: int, *, size: int = 16, name: s
 
 def draw(factors: torch.Tensor, size: int) -> torch.Tensor:
     """Pictures ``(N, 3, size, size)``, uint8, of factors ``(N, 4)``."""
-    places, grid = torch.tensor(PLACES), (torch.arange(size) + 0.5) * 16 / size
-    down = grid[None, :, None] - places[factors[:, 2]][:, None, None]
-    right = grid[None, None, :] - places[factors[:, 3]][:, None, None]
-    inside = torch.tensor(RADII)[factors[:, 1]][:, None, None] - (down.square() + right.square()).sqrt()
-    shade = torch.sigmoid(inside / EDGE)[:, None] * torch.tensor(COLOURS)[factors[:, 0]][:, :, None, None]
-    return (shade * 255).round().byte()
+    colour, radius, row, column = factors.numpy().T
+    places, grid = np.array(PLACES), (np.arange(size) + 0.5) * 16 / size
+    down = grid[None, :, None] - places[row][:, None, None]
+    right = grid[None, None, :] - places[column][:, None, None]
+    inside = np.array(RADII)[radius][:, None, None] - np.sqrt(down * down + right * right)
+    shade = exact.sigmoid(inside / EDGE)[:, None] * np.array(COLOURS)[colour][:, :, None, None]
+    return torch.from_numpy(np.round(shade * 255).astype(np.uint8))

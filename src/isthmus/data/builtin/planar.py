@@ -5,17 +5,16 @@ The sets on which relevance pruning was first shown (Yeom et al., arXiv 1912.088
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from isthmus.codec import UserError
+from isthmus.data import exact
 from isthmus.data.dataset import Memory, pick_needs
-from isthmus.data.hashing import words
+from isthmus.data.hashing import polar, unit, words
 from isthmus.data.splits import check_split
 from isthmus.layers.random import derive_seed
 
@@ -25,7 +24,7 @@ _NOISE = {"moon": 0.1, "circle": 0.1, "spiral": 0.06}  # deviation of a point fr
 _TURNS = 0.5  # that an arm of the spiral goes round on its way out
 
 
-def points(shape: str, label: Tensor, along: Tensor, noise: Tensor) -> Tensor:
+def points(shape: str, label: np.ndarray, along: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Places ``(N, 2)`` of samples, about as far from the middle as one.
 
     Args:
@@ -35,19 +34,18 @@ def points(shape: str, label: Tensor, along: Tensor, noise: Tensor) -> Tensor:
         noise: ``(N, 2)`` added, in deviations of the shape's noise.
     """
     if shape == "moon":
-        angle = math.pi * along
-        upper = torch.stack([angle.cos(), angle.sin()], 1)
-        lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], 1)
-        curve = torch.where(label[:, None] == 0, upper, lower) - upper.new_tensor([0.5, 0.25])
+        upper = _on_circle(np.pi * along)
+        curve = np.where(label[:, None] == 0, upper, np.array([1, 0.5]) - upper) - np.array([0.5, 0.25])
     elif shape == "circle":
-        angle, radius = 2 * math.pi * along, torch.where(label == 0, 1.0, 0.5)
-        curve = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+        curve = np.where(label == 0, 1.0, 0.5)[:, None] * _on_circle(2 * np.pi * along)
     else:
         arms = int(label.max()) + 1 if len(label) else 1
-        radius = 0.15 + 0.85 * along
-        angle = 2 * math.pi * (label / max(arms, 1) + _TURNS * along)
-        curve = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+        curve = (0.15 + 0.85 * along)[:, None] * _on_circle(2 * np.pi * (label / arms + _TURNS * along))
     return curve + _NOISE[shape] * noise
+
+
+def _on_circle(angle: np.ndarray) -> np.ndarray:
+    return np.stack([exact.cos(angle), exact.sin(angle)], 1)
 
 
 def load(
@@ -75,12 +73,14 @@ def load(
         raise UserError(f"{name}: needs two arms and a point of each class at least, got {arms} arms, {count} points.")
     if count == 400 and "train" not in part and part != "all":
         count = 1000
-    label = torch.arange(count) % classes
-    uniform = ((words(derive_seed("planar", kind, part, seed), list(range(count)), 5) >> np.uint64(11)) + 0.5) / 2**53
-    along, first, second = (torch.from_numpy(uniform[:, i].astype(np.float64)) for i in (0, 1, 2))
-    length, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second  # Box and Muller
-    noise = torch.stack([length * angle.cos(), length * angle.sin()], 1)
-    data: dict[str, Any] = {"signal": points(kind, label, along, noise).float(), "label": label}
+    label = np.arange(count) % classes
+    draws = words(derive_seed("planar", kind, part, seed), np.arange(count), 3)
+    length, angle = polar(draws[:, 1:], centred=True)
+    places = points(kind, label, unit(draws[:, 0]) + 2**-54, length * _on_circle(angle[:, 0]))
+    data: dict[str, Any] = {
+        "signal": torch.from_numpy(places.astype(np.float32)),
+        "label": torch.from_numpy(label.astype(np.int64)),
+    }
     kept = {column: data[column] for column in pick_needs(name, needs, _COLUMNS)}
     names = {"moon": ["upper", "lower"], "circle": ["outer", "inner"]}.get(kind, [f"arm {i}" for i in range(classes)])
     return Memory(name, kept, _COLUMNS, names)

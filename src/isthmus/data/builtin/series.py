@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from isthmus.codec import UserError
+from isthmus.data import exact
 from isthmus.data.dataset import Dataset, pick_needs
 from isthmus.data.hashing import normal, unit, words
 from isthmus.data.splits import check_split, spaced
@@ -102,8 +103,8 @@ def _drawn(seed: int) -> tuple[np.ndarray, list[str]]:
         level = 0.97 * level + 0.25 * shock
         lasting[hour] = level
     day, week, year = (2 * np.pi * (t / period + weights[i]) for i, period in enumerate((24, 168, 8760)))
-    values = (0.5 + weights[3]) * (np.sin(day) + 0.4 * np.sin(2 * day + 1)) + weights[4] * np.sin(week)
-    return values + (0.5 + weights[5]) * np.sin(year) + lasting, [f"series {i}" for i in range(_SERIES)]
+    values = (0.5 + weights[3]) * (exact.sin(day) + 0.4 * exact.sin(2 * day + 1)) + weights[4] * exact.sin(week)
+    return values + (0.5 + weights[5]) * exact.sin(year) + lasting, [f"series {i}" for i in range(_SERIES)]
 
 
 def load(

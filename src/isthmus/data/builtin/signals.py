@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from isthmus.codec import UserError
+from isthmus.data import exact
 from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import normal, unit, words
 from isthmus.data.splits import check_split
@@ -51,7 +52,7 @@ def _bumps(seed: int, indices: Sequence[int], label: np.ndarray, length: int) ->
     t = np.arange(length)
     series = normal(words(derive_seed(seed, "noise"), indices, 2 * length))
     for centre in (first, first + apart):
-        series += 1.5 * np.exp(-0.5 * ((t - centre[:, None]) / width) ** 2)
+        series += 1.5 * exact.exp(-0.5 * ((t - centre[:, None]) / width) ** 2)
     return series
 
 
@@ -64,8 +65,8 @@ def _sinusoids(seed: int, indices: Sequence[int], label: np.ndarray, length: int
     for harmonic in (1, 2, 3):
         weight, phase = (0.5 + drawn[:, 2 * harmonic - 1]) / harmonic, 2 * np.pi * drawn[:, 2 * harmonic]
         turns = harmonic * length / period
-        series += weight[:, None] * np.sin(2 * np.pi * turns[:, None] * t + phase[:, None])
-    drift = 2 * (drawn[:, 7:8] - 0.5) * t + drawn[:, 8:9] * np.sin(np.pi * t)
+        series += weight[:, None] * exact.sin(2 * np.pi * turns[:, None] * t + phase[:, None])
+    drift = 2 * (drawn[:, 7:8] - 0.5) * t + drawn[:, 8:9] * exact.sin(np.pi * t)
     return series + drift + _NOISE * normal(words(derive_seed(seed, "noise"), indices, 2 * length))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from isthmus.codec import UserError
+from isthmus.data import exact
 from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import normal, unit, words
 from isthmus.data.splits import check_split
@@ -40,7 +41,11 @@ class Solids(Drawn):
             cloud[label == kind] = draw(where[label == kind])
         cloud *= 0.8 + 0.4 * unit(words(derive_seed(self.seed, "stretch"), indices, 3))[:, None]
         jitter = normal(words(derive_seed(self.seed, "noise"), indices, 6 * many)).reshape(cloud.shape)
-        cloud = (cloud + self.noise / 100 * jitter) @ _turns(normal(words(derive_seed(self.seed, "turn"), indices, 8)))
+        turns = _turns(normal(words(derive_seed(self.seed, "turn"), indices, 8)))
+        cloud = cloud + self.noise / 100 * jitter
+        cloud = sum(
+            cloud[..., i : i + 1] * turns[:, None, i] for i in range(3)
+        )  # libraries round products in their way
         cloud -= cloud.mean(1, keepdims=True)
         cloud /= np.linalg.norm(cloud, axis=2).max(1)[:, None, None]
         return (np.round(cloud * 2**16) / 2**16).astype(np.float32)
@@ -61,7 +66,7 @@ def _turns(q: np.ndarray) -> np.ndarray:
 
 
 def _ring(turn: np.ndarray) -> np.ndarray:
-    return np.stack([np.cos(2 * np.pi * turn), np.sin(2 * np.pi * turn)], -1)
+    return np.stack([exact.cos(2 * np.pi * turn), exact.sin(2 * np.pi * turn)], -1)
 
 
 def _sphere(u: np.ndarray) -> np.ndarray:
@@ -82,7 +87,7 @@ def _cube(u: np.ndarray) -> np.ndarray:
 def _cone(u: np.ndarray) -> np.ndarray:
     """Base of radius 0.9 at z = -0.8, tip at 0.8."""
     radius, height = 0.9, 1.6
-    slope = np.hypot(radius, height)
+    slope = np.sqrt(radius**2 + height**2)
     out = np.sqrt(u[..., :1])  # of the radius: areas grow with its square
     on_base = u[..., 2:] < radius / (radius + slope)
     z = np.where(on_base, -0.8, 0.8 - height * out)
@@ -93,9 +98,9 @@ def _torus(u: np.ndarray) -> np.ndarray:
     """The ring has radius 0.75; the outer side of the tube is the larger one, so angles are drawn by area."""
     angle = 2 * np.pi * u[..., 2]
     for _ in range(8):  # Newton steps on the share of area up to an angle, (a + tube·sin a) / 2π
-        angle = angle - (angle + _TUBE * np.sin(angle) - 2 * np.pi * u[..., 2]) / (1 + _TUBE * np.cos(angle))
-    around = 0.75 * (1 + _TUBE * np.cos(angle))[..., None]
-    return np.concatenate([around * _ring(u[..., 1]), 0.75 * _TUBE * np.sin(angle)[..., None]], -1)
+        angle = angle - (angle + _TUBE * exact.sin(angle) - 2 * np.pi * u[..., 2]) / (1 + _TUBE * exact.cos(angle))
+    around = 0.75 * (1 + _TUBE * exact.cos(angle))[..., None]
+    return np.concatenate([around * _ring(u[..., 1]), 0.75 * _TUBE * exact.sin(angle)[..., None]], -1)
 
 
 def load(

@@ -7,12 +7,14 @@ apart are the spectra of moments, what tells the second apart lies far away in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from isthmus.codec import UserError
+from isthmus.data import exact
 from isthmus.data.dataset import Drawn, pick_needs
 from isthmus.data.hashing import below, normal, unit, words
 from isthmus.data.splits import check_split
@@ -66,34 +68,43 @@ def _events(seed: int, indices: Sequence[int], label: np.ndarray, rate: int) -> 
             size = int(rate * (0.06 + 0.06 * length))
             first = int(start * (rate - size))
             t = np.arange(size) / rate
-            sound = _KINDS[EVENTS[kind]](t, 200 * 2**pitch, 2 * np.pi * phase, burst[row, first : first + size])
-            wave[row, first : first + size] += (0.15 + 0.25 * loud) * np.hanning(size) * sound
+            sound = _KINDS[EVENTS[kind]](t, 200 * _octaves(pitch), 2 * np.pi * phase, burst[row, first : first + size])
+            wave[row, first : first + size] += (0.15 + 0.25 * loud) * _window(size) * sound
     return wave
+
+
+def _window(size: int) -> np.ndarray:
+    """One arch of a cosine, from 0 to 0 (Hann)."""
+    return 0.5 + 0.5 * exact.cos(np.pi * np.arange(1 - size, size, 2) / (size - 1))
+
+
+def _octaves(number: float) -> float:
+    return float(exact.exp(number * math.log(2)))
 
 
 def _swept(t: np.ndarray, frequency: np.ndarray, phase: float) -> np.ndarray:
     """A tone whose frequency in Hz is given at every moment."""
     step = t[1] - t[0] if len(t) > 1 else 0.0
-    return np.sin(2 * np.pi * np.cumsum(frequency) * step + phase)
+    return exact.sin(2 * np.pi * np.cumsum(frequency) * step + phase)
 
 
 def _harmonics(t: np.ndarray, f: float, phase: float, noise: np.ndarray) -> np.ndarray:
     orders = np.arange(1, 7)[:, None]
-    return (np.sin(2 * np.pi * f * orders * t + phase * orders) / orders).sum(0) / 1.5
+    return (exact.sin(2 * np.pi * f * orders * t + phase * orders) / orders).sum(0) / 1.5
 
 
 def _beats(t: np.ndarray, phase: float) -> np.ndarray:
-    return np.sin(2 * np.pi * 40 * t + phase)
+    return exact.sin(2 * np.pi * 40 * t + phase)
 
 
 #: Kind → samples at times t (seconds), for a fundamental f (Hz), a phase and noise of unit deviation.
 _KINDS: dict[str, Callable[[np.ndarray, float, float, np.ndarray], np.ndarray]] = {
-    "steady tone": lambda t, f, p, n: np.sin(2 * np.pi * 3 * f * t + p),
+    "steady tone": lambda t, f, p, n: exact.sin(2 * np.pi * 3 * f * t + p),
     "rising chirp": lambda t, f, p, n: _swept(t, 3 * f * np.linspace(0.6, 1.6, len(t)), p),
     "falling chirp": lambda t, f, p, n: _swept(t, 3 * f * np.linspace(1.6, 0.6, len(t)), p),
     "noise burst": lambda t, f, p, n: 0.5 * n,
     "harmonic stack": _harmonics,
-    "amplitude modulation": lambda t, f, p, n: np.sin(2 * np.pi * 3 * f * t) * (0.5 + 0.5 * _beats(t, p)),
+    "amplitude modulation": lambda t, f, p, n: exact.sin(2 * np.pi * 3 * f * t) * (0.5 + 0.5 * _beats(t, p)),
     "frequency modulation": lambda t, f, p, n: _swept(t, 3 * f * (1 + 0.3 * _beats(t, p)), 0.0),
     "click train": lambda t, f, p, n: np.where((t * f / 4 + p) % 1 < 0.05, 1.0, 0.0) * np.sign(n),
 }
@@ -109,9 +120,9 @@ def _clicks(seed: int, indices: Sequence[int], label: np.ndarray, rate: int) -> 
         apart = DISTANCES[kind] * (0.98 + 0.04 * drawn[row, 0])
         first = drawn[row, 1] * (1 - apart - 0.01)
         for moment, (chirped, pitch, loud) in zip((first, first + apart), drawn[row, 2:].reshape(2, 3), strict=True):
-            frequency = rate / 8 * 2 ** (pitch - 0.5)
+            frequency = rate / 8 * _octaves(pitch - 0.5)
             rise = 1.5 if chirped < 0.5 else 0.0
-            burst = _swept(t, frequency * (1 + rise * np.linspace(-0.3, 0.6, size)), 0.0) * np.exp(-t * 300)
+            burst = _swept(t, frequency * (1 + rise * np.linspace(-0.3, 0.6, size)), 0.0) * exact.exp(-t * 300)
             start = int(moment * rate)
             wave[row, start : start + size] += (0.4 + 0.3 * loud) * burst
     return wave

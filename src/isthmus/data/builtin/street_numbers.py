@@ -159,11 +159,21 @@ class _Draw:
 
 def _homography(source: np.ndarray, target: np.ndarray) -> tuple[float, ...]:
     """The eight numbers with which ``source`` corners map to ``target`` corners, as PIL takes them."""
-    rows, right = [], []
+    rows = []
     for (x, y), (u, v) in zip(source, target, strict=True):
-        rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
-        right += [u, v]
-    return tuple(np.linalg.solve(np.array(rows), np.array(right)).tolist())
+        rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y, u), (0, 0, 0, x, y, 1, -v * x, -v * y, v)]
+    return tuple(_solved(np.array(rows)).tolist())
+
+
+def _solved(system: np.ndarray) -> np.ndarray:
+    """``(n, n + 1)`` linear equations, by elimination in an order of operations that is the same on every machine."""
+    for column in range(len(system)):
+        pivot = column + int(np.abs(system[column:, column]).argmax())
+        system[[column, pivot]] = system[[pivot, column]]
+        system[column] /= system[column, column]
+        others = np.arange(len(system)) != column
+        system[others] -= system[others, column, None] * system[column]
+    return system[:, -1]
 
 
 def _mapped(numbers: tuple[float, ...], points: np.ndarray) -> np.ndarray:

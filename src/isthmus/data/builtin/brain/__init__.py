@@ -1,7 +1,9 @@
 """``brain``: simulated people look at things while their magnetic fields are recorded; the truth is known.
 
 ``load("brain", needs=("signal", "latent"))`` gives a trial a sample; ``brain?subjects=1&trials=200`` sizes it. Training
-stimuli differ from subject to subject; test stimuli are seen by all, ``repeats`` times each.
+stimuli differ from subject to subject; test stimuli are seen by all, ``repeats`` times each. Who sees what is the same
+on every machine; latents, signals and pictures come from torch's normal numbers and matrix products, so that they are
+the same up to rounding only.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def draw(categories: int, exemplars: int, features: int, generator: torch.Genera
 def pictures(stimuli: Stimuli, size: int = 24) -> Tensor:
     """A picture of every stimulus: a flower whose colours and petals follow the latent, and its place the low level.
 
-    The same latent and features give the same picture at any size, on any machine.
+    The same latent and features give the same picture at any size, on other machines up to one grey level.
 
     Returns:
         uint8 ``(N, 3, size, size)``.
