@@ -43,9 +43,8 @@ class Solids(Drawn):
         jitter = normal(words(derive_seed(self.seed, "noise"), indices, 6 * many)).reshape(cloud.shape)
         turns = _turns(normal(words(derive_seed(self.seed, "turn"), indices, 8)))
         cloud = cloud + self.noise / 100 * jitter
-        cloud = sum(
-            cloud[..., i : i + 1] * turns[:, None, i] for i in range(3)
-        )  # libraries round products in their way
+        x, y, z = np.split(cloud, 3, axis=2)  # written out, because libraries round matrix products in their own way
+        cloud = x * turns[:, None, 0] + y * turns[:, None, 1] + z * turns[:, None, 2]
         cloud -= cloud.mean(1, keepdims=True)
         cloud /= np.linalg.norm(cloud, axis=2).max(1)[:, None, None]
         return (np.round(cloud * 2**16) / 2**16).astype(np.float32)
