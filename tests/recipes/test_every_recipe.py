@@ -27,7 +27,13 @@ def recipe(request: pytest.FixtureRequest) -> ModuleType:
 
 def test_it_has_the_functions_that_commands_call(recipe: ModuleType) -> None:
     assert list(inspect.signature(recipe.run).parameters) == ["config", "run"]
-    assert list(inspect.signature(recipe.apply).parameters) == ["run_dir", "inputs", "out"]
+    if hasattr(recipe, "apply"):
+        assert list(inspect.signature(recipe.apply).parameters) == ["run_dir", "inputs", "out"]
+    else:
+        assert len(inspect.signature(recipe.answer).parameters) == 2
+    if hasattr(recipe, "check"):
+        recipe.check(recipe.Config())
+        recipe.check(recipe.Config.paper())
     if hasattr(recipe, "convert"):
         assert list(inspect.signature(recipe.convert).parameters)[:2] == ["path", "out"]
     assert isinstance(recipe.needs, tuple)
@@ -60,7 +66,8 @@ def test_every_claim_is_about_a_metric_that_the_recipe_names(recipe: ModuleType)
     system = catalog.find(recipe.__name__.rpartition(".")[2])
     assert system.claims, f"{system.name} is ready and claims nothing"
     folder = Path(catalog.__file__).parent
-    sources = [system.recipe, *folder.glob(f"recipes/_{system.module}*.py")]
+    shared = [folder / "engine" / "comparison.py", *folder.glob("tasks/*.py")]
+    sources = [system.recipe, *folder.glob(f"recipes/_{system.module}*.py"), *shared]
     names = [pattern for path in sources for pattern in strings(path.read_text(encoding="utf-8"))]
     for claim in system.claims:
         assert any(re.fullmatch(name, claim.metric) for name in names), f"no run.metric records {claim.metric!r}"

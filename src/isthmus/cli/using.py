@@ -24,7 +24,12 @@ def apply(arguments: argparse.Namespace) -> int:
     recipe = recipes.load(name)
     inputs = _files(arguments.inputs)
     out = arguments.out or folder / "applied"
-    written = [Path(path) for path in recipe.apply(folder, inputs, out)]
+    if hasattr(recipe, "apply"):
+        written = [Path(path) for path in recipe.apply(folder, inputs, out)]
+    else:
+        from isthmus.tasks import applying
+
+        written = applying.apply(folder, inputs, out, recipe.answer)
     if arguments.json:
         sys.stdout.write(json.dumps([str(path) for path in written], indent=1) + "\n")
     else:

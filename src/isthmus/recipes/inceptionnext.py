@@ -9,46 +9,34 @@ the accuracy of small networks that differ in their mixer only: Inception, 7x7, 
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from isthmus.codec import UserError
-from isthmus.data import load
-from isthmus.encoders.images.inceptionnext import InceptionDWConv2d
-from isthmus.encoders.images.metanext import MetaNeXt
-from isthmus.engine import Run, Training, read_config
+from isthmus.encoders.images.inceptionnext import MIXERS, InceptionDWConv2d, mixer_network
+from isthmus.engine import Run, Training
+from isthmus.engine.timing import median_seconds
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._image_classification import Augmentation
-from isthmus.report import figures
+from isthmus.tasks import classification
+from isthmus.tasks.classification import DEIT, ClassificationConfig
 
-needs = ("image", "label")
-
-MIXERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "inception": lambda dim, stage: InceptionDWConv2d(dim),
-    "7x7": lambda dim, stage: DepthwiseConv(dim, 7),
-    "3x3": lambda dim, stage: DepthwiseConv(dim, 3),
-    "identity": lambda dim, stage: nn.Identity(),
-}
+needs = classification.NEEDS
+answer = classification.answer
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassificationConfig):
     """Settings of a run; the defaults take about three minutes on two cores."""
 
     data: str = "scenes:32?space=easy&count=1800"
     """Labelled images; any source will do."""
     mixers: tuple[str, ...] = ("inception", "7x7", "3x3", "identity")
     """Networks to train, by their mixer; the first is kept for use."""
-    size: int = 32
-    """Pixels a side of what the networks see."""
     depths: tuple[int, ...] = (1, 1, 2, 1)
     """Blocks of every stage."""
     dims: tuple[int, ...] = (24, 48, 64, 96)
@@ -61,20 +49,10 @@ class Config:
     """Weight of every block at the start; 1e-6 is published."""
     drop_path: float = 0.0
     """Stochastic depth."""
-    training: Training = Training(epochs=20, batch_size=64, lr=4e-3, weight_decay=0.05, warmup_epochs=1)
-    """Training of every network."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Changes of training images."""
-    smoothing: float = 0.0
-    """Label smoothing."""
     rounds: int = 12
     """Timings of the mixer, of which the median counts; 0 leaves them out."""
     test_images: int = 1000
     """Held-out images to measure on; 0 is all."""
-    train_split: str = "train"
-    """Part of the data to train on."""
-    eval_split: str = "test"
-    """Part of the data to measure on."""
 
     @classmethod
     def paper(cls) -> Config:
@@ -97,69 +75,30 @@ class Config:
                 final_lr_ratio=2.5e-3,
                 workers=8,
             ),
-            augmentation=shared.DEIT,
+            augmentation=DEIT,
             smoothing=0.1,
             test_images=0,
             eval_split="val",
         )
 
 
-def run(config: Config, run: Run) -> None:
-    """Time the mixer, train a network with every mixer, compare."""
+def check(config: Config) -> None:
+    """Refuse mixers that there are none of."""
     unknown = [name for name in config.mixers if name not in MIXERS]
     if unknown or not config.mixers:
-        raise UserError(f"mixers {', '.join(unknown) or '()'}: choose from {', '.join(MIXERS)}.")
-    if config.rounds < 0:
-        raise UserError(f"rounds counts timings of the mixer; it must be 0 (none) or more, got {config.rounds}.")
-    source = load(config.data, config.train_split, needs, run.seed)
-    held_out = shared.first(load(config.data, config.eval_split, needs, run.seed), config.test_images, "test_images")
-    classes = shared.class_names(source, held_out)
-    augmented, plain = _transforms(config, len(classes))
-    run.log(f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {len(classes)} classes.")
+        raise UserError(f"--mixers {' '.join(unknown) or '()'}: choose from {', '.join(MIXERS)}.")
 
+
+def run(config: Config, run: Run) -> None:
+    """Time the mixer, train a network with every mixer, compare."""
+    task = classification.open(config, run)
     if config.rounds:
         _costs(run, config.rounds)
-    accuracies: dict[str, float] = {}
-    kept: Any = None
-    for name in config.mixers:
-        run.seed_everything("network")
-        network = _network(config, name, len(classes))
-        result: Any = shared.train(
-            run,
-            name,
-            network,
-            source,
-            config.training,
-            augmented,
-            config.smoothing,
-            repeats=config.augmentation.repeats,
-        )
-        trained = result.objective.model
-        kept = trained if kept is None else kept
-        table = shared.confusion(run, trained, len(classes), held_out, plain)
-        accuracies[name] = shared.accuracy(table)
-        run.metric(f"accuracy_{name}", accuracies[name])
-        run.metric(f"parameters_{name}", sum(p.numel() for p in network.parameters()))
-    for name in config.mixers:
-        if "inception" in accuracies and name != "inception":
-            run.metric(f"accuracy_over_{name}", accuracies["inception"] - accuracies[name])
-    run.figure(
-        "mixers", figures.bars(accuracies, grey="identity"), "Held-out accuracy of networks that differ in the mixer."
-    )
-    shared.look(run, kept, classes, held_out, plain)
-    shared.keep(run, kept, classes, f"the network with the mixer {config.mixers[0]}")
-
-
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Classify pictures with the first of the trained networks: ``classes.json``, and every picture with its class."""
-    saved = read_config(run_dir)["config"]
-    names = ("mixers", "depths", "dims", "mlp_ratios")
-    config = Config(
-        **{key: tuple(saved[key]) for key in names},
-        **{key: saved[key] for key in ("size", "stem_stride", "layer_scale")},
-    )
-    plain = _transforms(config, 1)[1]
-    return shared.classify(run_dir, inputs, out, lambda classes: _network(config, config.mixers[0], classes), plain)
+    arms = task.compare({mixer: partial(_network, config, mixer) for mixer in config.mixers})
+    arms.over("inception", "accuracy")
+    arms.bars("accuracy", "Held-out accuracy of networks that differ in the mixer.", grey="identity", name="mixers")
+    task.show(arms.first.model)
+    task.keep(arms.first.model, f"the network with the mixer {config.mixers[0]}")
 
 
 def convert(path: Path, out: Path) -> Path:
@@ -186,65 +125,36 @@ def convert(path: Path, out: Path) -> Path:
     return shared.convert_for_timm(state, path, out, dict.fromkeys(names, arguments))
 
 
-# -------------------------------------------------------------------------------------------------------------- parts
-
-
-def _network(config: Config, mixer: str, classes: int) -> MetaNeXt:
-    return MetaNeXt(
+def _network(config: Config, mixer: str, num_classes: int) -> nn.Module:
+    return mixer_network(
+        mixer,
         config.depths,
         config.dims,
-        MIXERS[mixer],
         mlp_ratios=config.mlp_ratios,
-        num_classes=classes,
+        num_classes=num_classes,
         stem_stride=config.stem_stride,
         layer_scale=config.layer_scale,
         drop_path_rate=config.drop_path,
     )
 
 
-def _transforms(config: Config, classes: int) -> tuple[Any, Any]:
-    pct = shared.usual_crop(config.size)
-    return shared.transforms(config.size, classes, config.augmentation, smoothing=config.smoothing, crop_pct=pct)
-
-
 def _costs(run: Run, rounds: int) -> None:
     """Forward and backward of the mixer over that of a depthwise 7x7, the fastest we have, on one thread."""
+    device = run.fabric.device
     for channels, side in ((96, 28), (192, 14)):
-        seconds = _seconds(
-            {
-                "inception": InceptionDWConv2d(channels),
-                "7x7": DepthwiseConv(channels, 7),
-                "plain": nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
-                "3x3": DepthwiseConv(channels, 3),
-            },
-            torch.randn(8, channels, side, side, generator=run.generator("cost", channels)),
-            run.fabric.device,
-            rounds,
-        )
+        x = torch.randn(8, channels, side, side, generator=run.generator("cost", channels)).to(device).requires_grad_()
+        mixers = {
+            "inception": InceptionDWConv2d(channels),
+            "7x7": DepthwiseConv(channels, 7),
+            "plain": nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
+            "3x3": DepthwiseConv(channels, 3),
+        }
+        calls = {name: partial(_forward_backward, mixer.to(device), x) for name, mixer in mixers.items()}
+        seconds = median_seconds(calls, rounds, device=device)
         run.metric(f"cost_ratio_{channels}_channels", seconds["inception"] / seconds["7x7"])
         run.metric(f"cost_ratio_to_plain_conv2d_{channels}_channels", seconds["inception"] / seconds["plain"])
         run.metric(f"cost_ratio_to_3x3_{channels}_channels", seconds["inception"] / seconds["3x3"])
 
 
-def _seconds(parts: dict[str, nn.Module], x: torch.Tensor, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median time of forward and backward, in turn, after a warm-up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        x = x.to(device).requires_grad_()
-        times: dict[str, list[float]] = {name: [] for name in parts}
-        for part in parts.values():
-            part.to(device)
-        for turn in range(rounds + 2):
-            for name, part in parts.items():
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                began = time.perf_counter()
-                part(x).sum().backward()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if turn > 1:
-                    times[name].append(time.perf_counter() - began)
-        return {name: statistics.median(values) for name, values in times.items()}
-    finally:
-        torch.set_num_threads(threads)
+def _forward_backward(layer: nn.Module, x: torch.Tensor) -> None:
+    layer(x).sum().backward()

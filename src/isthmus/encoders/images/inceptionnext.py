@@ -17,6 +17,7 @@ Merge a trained network with :func:`isthmus.encoders.images.metanext.reparameter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -24,7 +25,8 @@ import torch
 from timm.models import build_model_with_cfg, convnext, generate_default_cfgs, inception_next, register_model
 from torch import Tensor, nn
 
-from isthmus.encoders.images.metanext import MetaNeXt
+from isthmus.codec import UserError, part
+from isthmus.encoders.images.metanext import MetaNeXt, Mixer
 from isthmus.encoders.images.pyramid import imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.pointwise import PointwiseConv
@@ -175,6 +177,23 @@ default_cfgs = generate_default_cfgs(
         **{name: imagenet_cfg("stem.0", "head.fc2", pool_size=(14, 14)) for name in _ISOTROPIC},
     }
 )
+
+
+#: What stands in the place of the mixer in the paper's comparison.
+MIXERS: dict[str, Mixer] = {
+    "inception": lambda dim, stage: InceptionDWConv2d(dim),
+    "7x7": lambda dim, stage: DepthwiseConv(dim, 7),
+    "3x3": lambda dim, stage: DepthwiseConv(dim, 3),
+    "identity": lambda dim, stage: nn.Identity(),
+}
+
+
+@part("InceptionNeXtMixers")
+def mixer_network(mixer: str, depths: Sequence[int], dims: Sequence[int], **arguments: Any) -> MetaNeXt:
+    """A :class:`MetaNeXt` whose mixer is named, one of :data:`MIXERS`; ``arguments`` are those of the network."""
+    if mixer not in MIXERS:
+        raise UserError(f"no mixer {mixer!r}; choose from {', '.join(MIXERS)}.")
+    return MetaNeXt(depths, dims, MIXERS[mixer], **arguments)
 
 
 def mixer(dim: int, stage: int) -> InceptionDWConv2d:

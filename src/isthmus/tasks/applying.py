@@ -1,0 +1,152 @@
+"""``isthmus apply``: inputs of a person are read, prepared as in the run, answered one by one, and written whole.
+
+A recipe's ``answer(kept, item) -> Answer`` says what is found on one input; everything around it is here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from isthmus import saved
+from isthmus.codec import UserError, write_atomically
+from isthmus.data.dataset import Unreadable
+from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.saved import Saved
+
+ANSWERS = "answers.json"
+
+
+@dataclass
+class Answer:
+    """What is found on one input.
+
+    Attributes:
+        facts: plain values for ``answers.json`` and the terminal.
+        figure: a picture of it, if there is something to see.
+        files: further files, suffix to content, such as ``{".npy": data}``.
+    """
+
+    facts: dict[str, Any]
+    figure: Figure | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+class Item:
+    """One input of a person.
+
+    Args:
+        path: the file.
+        image: uint8 ``(3, H, W)``, upright.
+        kept: the model that will see it.
+        device: where it runs.
+    """
+
+    def __init__(self, path: Path, image: Tensor, kept: Saved, device: torch.device) -> None:
+        self.path, self.image, self._kept, self._device = path, image, kept, device
+
+    @functools.cached_property
+    def input(self) -> Tensor:
+        """``(1, C, H, W)`` as the model was measured with, on its device."""
+        batch = {"image": self.image[None].float() / 255, "index": torch.tensor([0])}
+        return self._kept.inputs.transform()(batch, torch.Generator())["image"].to(self._device)
+
+    @functools.cached_property
+    def predicted(self) -> Tensor:
+        """The model's output for this input, without the axis of the batch."""
+        with torch.no_grad():
+            return self._kept.model(self.input)[0]
+
+
+def apply(
+    run_dir: Path, inputs: Sequence[Path], out: Path, answer: Callable[[Saved, Item], Answer], name: str | None = None
+) -> list[Path]:
+    """Answer every input with a model that a run kept.
+
+    Args:
+        run_dir: a finished run, or the folder of a kept model.
+        inputs: files; what cannot be read is named in ``answers.json`` and left out.
+        out: gets ``answers.json`` and, where there is a picture, ``NAME-answer.png``; both are written whole.
+        answer: of the recipe.
+        name: of the kept model; the first without it.
+
+    Returns:
+        The files written, ``answers.json`` first.
+
+    Raises:
+        UserError: the run kept no such model, or not one of the inputs can be read.
+    """
+    kept = saved.load(run_dir if name is None else run_dir / saved.KEPT / name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept.model.to(device).eval()
+    found: dict[str, Any] = {}
+    written: list[Path] = []
+    for path, target in zip(inputs, free_names(inputs, out), strict=True):
+        try:
+            item = Item(path, decode_image(path), kept, device)
+        except Unreadable as error:
+            found[str(path)] = {"skipped": str(error)}
+            continue
+        try:
+            told = answer(kept, item)
+        except UserError as error:
+            found[str(path)] = {"skipped": str(error)}
+            continue
+        found[str(path)] = dict(told.facts)
+        for suffix, content in contents(told):
+            write_atomically(target.with_name(target.name + suffix), content)
+            written.append(target.with_name(target.name + suffix))
+            found[str(path)].setdefault("files", []).append(written[-1].name)
+    if all("skipped" in facts for facts in found.values()):
+        reasons = "; ".join(f"{path}: {facts['skipped']}" for path, facts in found.items())
+        raise UserError(f"none of the inputs can be used ({reasons}); pictures are {', '.join(IMAGE_SUFFIXES)}.")
+    write_atomically(out / ANSWERS, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    return [out / ANSWERS, *written]
+
+
+def contents(answer: Answer) -> Iterator[tuple[str, bytes]]:
+    """The files of an answer: what follows the input's name, and the content."""
+    if answer.figure is not None:
+        yield "-answer.png", png(answer.figure)
+    yield from answer.files.items()
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a file."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def free_names(inputs: Sequence[Path], out: Path) -> list[Path]:
+    """Where the files of every input begin, without suffix: inputs of one name are numbered, none twice."""
+    taken: set[str] = set()
+    targets = []
+    for path in inputs:
+        name, number = path.stem, 2
+        while name.casefold() in taken:
+            name, number = f"{path.stem}-{number}", number + 1
+        taken.add(name.casefold())
+        targets.append(out / name)
+    return targets
+
+
+def annotated(image: Tensor, caption: str) -> Figure:
+    """A picture ``(3, H, W)`` under a caption."""
+    height, width = image.shape[-2:]
+    scale = max(2.0, min(6.0, width / 100)) / width
+    figure = Figure(figsize=(width * scale, height * scale + 0.4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_title(caption, fontsize=11, parse_math=False)
+    axis.axis("off")
+    return figure

@@ -1,0 +1,262 @@
+"""Image classification: what every recipe whose answer is a class has in common.
+
+A recipe inherits :class:`ClassificationConfig`, opens the task and says which networks it trains::
+
+    task = classification.open(config, run)
+    arms = task.compare({"ours": make_ours, "twin": make_twin})
+    arms.over("ours", "accuracy")
+    task.show(arms.first.model)
+    task.keep(arms.first.model, "our network")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isthmus import saved
+from isthmus.codec import UserError, create_timm
+from isthmus.data import Dataset, Repeated, evaluation_batches, load
+from isthmus.data.inputs import Inputs
+from isthmus.data.transforms import CenterCrop, Transform
+from isthmus.data.transforms.augmentation import DEIT as DEIT
+from isthmus.data.transforms.augmentation import Augmentation, training_transform
+from isthmus.encoders.backbone import made_for
+from isthmus.engine import Run, Training
+from isthmus.engine.comparison import Arm, Comparison, Trained, check_arms
+from isthmus.engine.evaluate import accuracy, confusion_matrix, evaluate
+from isthmus.engine.fit import fit
+from isthmus.objectives.classification import Classification
+from isthmus.report import figures
+from isthmus.saved import Saved
+from isthmus.tasks.applying import Answer, Item, annotated
+
+#: Columns that a classifier learns from.
+NEEDS = ("image", "label")
+
+
+@dataclass(frozen=True)
+class ClassificationConfig:
+    """Settings that every recipe of image classification has."""
+
+    data: str = "digits"
+    """Labelled images; any source will do."""
+    size: int = 32
+    """Pixels a side of what the networks see."""
+    training: Training = Training(epochs=20, batch_size=64, lr=4e-3, weight_decay=0.05, warmup_epochs=1)
+    """Training of every network."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Changes of training images."""
+    smoothing: float = 0.0
+    """Label smoothing."""
+    test_images: int = 0
+    """Held-out images to measure on; 0 is all."""
+    train_split: str = "train"
+    """Part of the data to train on."""
+    eval_split: str = "test"
+    """Part of the data to measure on."""
+
+
+def open(config: ClassificationConfig, run: Run, inputs: Inputs | None = None) -> ClassificationTask:
+    """Load the data of a run, find out its classes, and refuse what cannot be trained.
+
+    Args:
+        config: the recipe's settings; with a field ``encoder`` that names a timm model, its own normalisation, crop
+            and interpolation are used.
+        run: its seed draws the samples.
+        inputs: what the networks are fed, where it is not that.
+
+    Raises:
+        UserError: no labels, one class, fewer images than a batch, a part of the data that is empty.
+    """
+    source = load(config.data, config.train_split, NEEDS, run.seed)
+    held_out = _first(load(config.data, config.eval_split, NEEDS, run.seed), config.test_images)
+    return ClassificationTask(config, run, source, held_out, inputs or inputs_of(config))
+
+
+def inputs_of(config: ClassificationConfig) -> Inputs:
+    """What the networks of a recipe are fed: a timm encoder's own data config, else ImageNet's at this size."""
+    size, name = (config.size, config.size), getattr(config, "encoder", "")
+    if not name:
+        return Inputs.of(None, size)
+    with torch.device("meta"):
+        return Inputs.of(create_timm(name, **made_for(name, config.size)), size)
+
+
+class ClassificationTask:
+    """Data, training and measuring of one run; made by :func:`open`.
+
+    Attributes:
+        source: training images.
+        held_out: images that are only measured on.
+        classes: names of the classes.
+        inputs: what the networks are fed.
+        measured: the transform of images that are measured.
+        augmented: the transform of images that are trained on.
+    """
+
+    def __init__(
+        self, config: ClassificationConfig, run: Run, source: Dataset, held_out: Dataset, inputs: Inputs
+    ) -> None:
+        self.config, self.run, self.source, self.held_out, self.inputs = config, run, source, held_out, inputs
+        self.classes = class_names(source, held_out)
+        self.measured = inputs.transform()
+        self.augmented = self._augmented(config.augmentation)
+        run.log(
+            f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {len(self.classes)} classes."
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the data has."""
+        return len(self.classes)
+
+    def _augmented(self, augmentation: Augmentation) -> Transform:
+        assert self.inputs.size is not None
+        return training_transform(
+            self.inputs.size,
+            self.inputs.resized,
+            self.num_classes,
+            augmentation,
+            self.inputs.mean,
+            self.inputs.std,
+            self.config.smoothing,
+        )
+
+    def train(
+        self,
+        phase: str,
+        model: nn.Module,
+        dataset: Dataset | None = None,
+        training: Training | None = None,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        transform: Transform | None = None,
+    ) -> Trained:
+        """Train a whole classifier with every setting of the config: repeats, smoothing, moving average, patience.
+
+        Args:
+            phase: a name, once a run.
+            model: images ``(B, 3, H, W)`` to logits ``(B, K)``.
+            dataset: to train on; the task's own without it.
+            training: how long and how fast; the config's without it.
+            evaluate: called with the model during training; with patience and without this, the loss on the part
+                ``val`` of the data decides.
+            transform: of training images; the config's augmentation without it.
+        """
+        training = training or self.config.training
+        dataset = self.source if dataset is None else dataset
+        if self.config.augmentation.repeats > 1:
+            dataset = Repeated(dataset, self.config.augmentation.repeats)
+        if training.patience is not None and evaluate is None:
+            evaluate = self._validation_loss
+        on_model = None if evaluate is None else lambda objective: evaluate(objective.model)
+        objective = Classification(model, smoothing=self.config.smoothing)
+        result = fit(self.run, phase, objective, dataset, training, transform or self.augmented, evaluate=on_model)
+        trained: Any = result.objective if result.ema is None else result.ema
+        return Trained(trained.model, result.curves)
+
+    def _validation_loss(self, model: nn.Module) -> dict[str, float]:
+        if not hasattr(self, "_validation"):
+            self._validation = load(self.config.data, "val", NEEDS, self.run.seed)
+        loss = {"loss": lambda logits, batch: F.cross_entropy(logits, batch["label"], reduction="none")}
+        return {"loss": float(evaluate(self.run, model, self._validation, loss, self.measured)["loss"])}
+
+    def confusion_matrix(
+        self, model: nn.Module, dataset: Dataset | None = None, transform: Transform | None = None
+    ) -> Tensor:
+        """``(K, K)`` counts on the held-out images: rows are the true classes."""
+        held_out = self.held_out if dataset is None else dataset
+        return confusion_matrix(self.run, model, held_out, self.num_classes, transform or self.measured)
+
+    def measure(
+        self, model: nn.Module, dataset: Dataset | None = None, transform: Transform | None = None
+    ) -> dict[str, float]:
+        """``{"accuracy": …}`` on the held-out images."""
+        return {"accuracy": accuracy(self.confusion_matrix(model, dataset, transform))}
+
+    def arm(self, make: Callable[[int], nn.Module], phase: str = "classifier") -> Arm:
+        """Make one network with ``make(num_classes)`` from the run's random start, train it and measure it."""
+        check_arms({phase: lambda: make(self.num_classes)})
+        self.run.seed_everything("network")
+        trained = self.train(phase, make(self.num_classes))
+        return Arm(phase, trained.model, self.measure(trained.model), trained.curves)
+
+    def compare(
+        self,
+        makers: Mapping[str, Callable[[int], nn.Module]],
+        published: Mapping[tuple[str, str], str] | None = None,
+        measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    ) -> Comparison:
+        """Train networks that differ in one thing, each made by ``make(num_classes)``; see :class:`Comparison`."""
+        bound = {name: (lambda make=make: make(self.num_classes)) for name, make in makers.items()}
+        return Comparison(self.run, bound, self.train, measure or self.measure, published)
+
+    def show(self, model: nn.Module) -> None:
+        """The confusion matrix, where it can be read, and held-out images with what the network predicts."""
+        if self.num_classes <= 16:
+            table = self.confusion_matrix(model)
+            self.run.figure(
+                "confusion", figures.confusion(table, self.classes), "How often each class is taken for which."
+            )
+        chosen = _spread(self.held_out, 16)
+        batch = next(evaluation_batches(chosen, len(chosen), transform=self.measured))
+        with torch.no_grad():
+            predicted = model.eval()(self.run.fabric.to_device(batch["image"])).argmax(1).cpu()
+        names = [self.classes[int(label)] for label in predicted]
+        pictures = figures.captioned(batch["image"], names, (predicted == batch["label"]).tolist(), columns=8)
+        self.run.figure("examples", pictures, "Held-out images, and what the network predicts; red is wrong.")
+
+    def keep(self, model: nn.Module, text: str, name: str = "network", **facts: Any) -> None:
+        """Save a trained network with all that it needs to be used: ``isthmus.load(run)``, ``isthmus apply``."""
+        folder = self.run.dir / saved.KEPT / name
+        if self.run.is_first:
+            saved.save(folder, model, self.inputs, self.classes, facts)
+        self.run.artifact(name, folder, text)
+
+
+def class_names(*datasets: Dataset) -> list[str]:
+    """Names of the classes, or their numbers where the source has none; every split's labels are counted in.
+
+    Raises:
+        UserError: the source has no labels, or only one class.
+    """
+    for dataset in datasets:
+        if "label" not in dataset.columns:
+            raise UserError(f"{dataset.name} has no labels; a classifier needs a column label, or a folder a class.")
+        if dataset.classes is not None:
+            return list(dataset.classes)
+    largest = max(_largest_label(dataset) for dataset in datasets)
+    return [str(number) for number in range(largest + 1)]
+
+
+def answer(kept: Saved, item: Item) -> Answer:
+    """The likeliest class of a picture, the five likeliest with their probabilities, and the picture under it."""
+    probability = item.predicted.float().softmax(0).cpu()
+    best = probability.topk(min(5, len(probability)))
+    classes = kept.labels or [str(number) for number in range(len(probability))]
+    likeliest = classes[int(best.indices[0])]
+    facts = {
+        "class": likeliest,
+        "probability": {classes[int(i)]: round(float(p), 4) for p, i in zip(*best, strict=True)},
+    }
+    return Answer(facts, annotated(item.image, f"{likeliest} ({float(best.values[0]):.0%})"))
+
+
+def _first(dataset: Dataset, number: int) -> Dataset:
+    return dataset.select(range(min(number, len(dataset)))) if number else dataset
+
+
+def _spread(dataset: Dataset, number: int) -> Dataset:
+    number = min(number, len(dataset))
+    return dataset.select(np.arange(number) * len(dataset) // number)
+
+
+def _largest_label(dataset: Dataset) -> int:
+    small = CenterCrop(1) if "image" in dataset[0] else None  # pictures may be of any size
+    return max(int(batch["label"].max()) for batch in evaluation_batches(dataset, 256, transform=small))
