@@ -9,6 +9,7 @@ from isthmus.data.dataset import COLUMNS, Dataset, Memory, Subset, collate
 from isthmus.data.loading import batches, evaluation_batches, steps_per_epoch
 from isthmus.data.repeated import Repeated
 from isthmus.data.sources import Source, load, sources
+from isthmus.data.subsets import class_names, subset
 
 __all__ = [
     "COLUMNS",
@@ -18,9 +19,11 @@ __all__ = [
     "Source",
     "Subset",
     "batches",
+    "class_names",
     "collate",
     "evaluation_batches",
     "load",
     "sources",
     "steps_per_epoch",
+    "subset",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from isthmus.codec import UserError
 from isthmus.data.hashing import permutation
+from isthmus.data.splits import spaced
 
 #: The keys that recipes may ask for; a source may have columns of its own besides.
 COLUMNS = ("image", "label", "mask", "boxes", "labels", "caption", "audio", "signal", "tokens", "subject")
@@ -35,6 +37,7 @@ class Dataset(ABC):
     Attributes:
         name: what was asked for, for messages and reports.
         columns: every column that the source has, read or not.
+        wanted: the columns that are read.
         classes: names of the labels, or ``None``.
         image_size: ``(H, W)`` where all images are known to have one size; ``None`` otherwise.
         in_memory: fetching costs next to nothing, so that worker processes would only slow it down.
@@ -51,6 +54,7 @@ class Dataset(ABC):
     ) -> None:
         self.name = name
         self.columns = tuple(columns)
+        self.wanted: tuple[str, ...] = self.columns
         self.classes = None if classes is None else list(classes)
         self.image_size = image_size
         self.in_memory = in_memory
@@ -123,6 +127,50 @@ class Dataset(ABC):
         """A view of some samples, in the order given; ``index`` still tells their number in the whole."""
         return Subset(self, indices)
 
+    def first(self, number: int) -> Dataset:
+        """The first ``number`` samples; all of them where there are fewer, or for 0."""
+        if number < 0:
+            raise ValueError(f"a number of samples is 0 (all of them) or more, got {number}")
+        return self.select(np.arange(number)) if 0 < number < len(self) else self
+
+    def spread(self, number: int) -> Dataset:
+        """``number`` samples at equal distances, so that a source that is sorted by class shows all of them."""
+        return self.select(spaced(len(self), number))
+
+    def select_columns(self, columns: Sequence[str]) -> Self:
+        """The same samples with some of the columns ``wanted``; nothing is read or decoded for the others."""
+        lacking = [column for column in columns if column not in self.wanted]
+        if lacking:
+            raise ValueError(f"{self.name} was loaded with {', '.join(self.wanted)}, without {', '.join(lacking)}")
+        chosen = copy.copy(self)
+        chosen._keep_columns(tuple(columns))
+        return chosen
+
+    def _keep_columns(self, columns: tuple[str, ...]) -> None:
+        """Read these alone from now on; ``self`` is a copy."""
+        self.wanted = columns
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of every sample, int64 ``(N,)``; no picture is read.
+
+        Raises:
+            UserError: the source has no labels.
+            ValueError: ``label`` is not among the columns that it was loaded with.
+        """
+        if "label" not in self.columns:
+            raise UserError(f"{self.name} has no labels; it has: {', '.join(self.columns)}.")
+        alone = self.select_columns(("label",))
+        batches = (range(start, min(start + 4096, len(self))) for start in range(0, len(self), 4096))
+        return np.array([int(label) for batch in batches for label in alone.fetch(batch)["label"]], dtype=np.int64)
+
+    def natural_size(self) -> tuple[int, int]:
+        """Height and width of the pictures; of the first readable one where they differ."""
+        if self.image_size is not None:
+            return self.image_size
+        height, width = self.select_columns(("image",))[0]["image"].shape[-2:]
+        return int(height), int(width)
+
     def _skip(self, index: int, error: Unreadable) -> None:
         entry = (self.identify(index), str(error))
         if entry not in self.skipped:
@@ -151,10 +199,14 @@ class Subset(Dataset):
         self.indices = np.asarray(indices, dtype=np.int64)
         if self.indices.size and (self.indices.min() < 0 or self.indices.max() >= len(dataset)):
             raise ValueError(f"select takes numbers from 0 to {len(dataset) - 1}")
-        self.skipped = dataset.skipped
+        self.skipped, self.wanted = dataset.skipped, dataset.wanted
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def _keep_columns(self, columns: tuple[str, ...]) -> None:
+        super()._keep_columns(columns)
+        self.dataset = self.dataset.select_columns(columns)
 
     def read(self, index: int) -> dict[str, Any]:
         return self.dataset.read(int(self.indices[index]))
@@ -242,6 +294,7 @@ class Memory(Dataset):
         if len(set(lengths.values())) != 1:
             raise ValueError(f"columns must have one length, got {lengths}")
         self.data = dict(data)
+        self.wanted = tuple(data)
         self._length = next(iter(lengths.values()))
         self.bad = dict(bad or {})
         self.skipped = list(self.bad.values())
@@ -256,6 +309,10 @@ class Memory(Dataset):
 
     def identify(self, index: int) -> str:
         return self.bad[index][0] if index in self.bad else super().identify(index)
+
+    def _keep_columns(self, columns: tuple[str, ...]) -> None:
+        super()._keep_columns(columns)
+        self.data = {column: self.data[column] for column in columns}
 
     def fetch(self, indices: Sequence[int] | np.ndarray, replace: bool = True) -> dict[str, Any]:
         numbers = np.asarray(indices, dtype=np.int64)

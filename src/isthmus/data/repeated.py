@@ -37,7 +37,11 @@ class Repeated(Dataset):
             )
         super().__init__(dataset.name, dataset.columns, dataset.classes, dataset.image_size, dataset.in_memory)
         self.dataset, self.times = dataset, times
-        self.skipped = dataset.skipped
+        self.skipped, self.wanted = dataset.skipped, dataset.wanted
+
+    def _keep_columns(self, columns: tuple[str, ...]) -> None:
+        super()._keep_columns(columns)
+        self.dataset = self.dataset.select_columns(columns)
 
     def __len__(self) -> int:
         return len(self.dataset)

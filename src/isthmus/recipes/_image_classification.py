@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from isthmus.codec import UserError, load_weights, save_weights
 from isthmus.data import Dataset, Repeated, evaluation_batches
 from isthmus.data.dataset import Unreadable
-from isthmus.data.hashing import permutation
 from isthmus.data.inputs import usual_crop as usual_crop
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.subsets import class_names as class_names
+from isthmus.data.subsets import subset as subset
 from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize, Transform
 from isthmus.data.transforms.augmentation import DEIT as DEIT
 from isthmus.data.transforms.augmentation import IMAGENET, Augmentation, training_transform
@@ -77,74 +78,12 @@ def first(dataset: Dataset, number: int, what: str) -> Dataset:
     """
     if number < 0:
         raise UserError(f"{what} must be 0 (all of them) or more, got {number}.")
-    return dataset.select(np.arange(min(number, len(dataset)))) if number else dataset
-
-
-def subset(
-    dataset: Dataset,
-    number: float,
-    seed: int,
-    at_least: int = 1,
-    stride: int | None = None,
-    labels: np.ndarray | None = None,
-) -> Dataset:
-    """Some samples of a shuffled source; the order does not depend on the seed, which says where in it they begin.
-
-    Args:
-        dataset: to take from.
-        number: how many samples; a float up to 1 is the share of all.
-        seed: seed s begins at sample s · ``stride``, so that different seeds get different samples while they last.
-        at_least: samples that a batch takes; where there are fewer they are repeated.
-        stride: ``number`` where it is left out.
-        labels: of every sample, ``(N,)``; with them every class has its share of the samples taken.
-
-    Raises:
-        UserError: the source has not that many samples.
-    """
-    total = len(dataset)
-    share = isinstance(number, float) and number <= 1
-    count = max(1, round(number * total)) if share else round(number)
-    if number <= 0 or count > total:
-        raise UserError(f"{dataset.name} has {total} training images; {number:g} of them were asked for.")
-    places = (np.arange(count) + seed * (stride or count)) % total
-    order = permutation(total, seed=0)
-    if labels is not None:
-        order = order[np.argsort(_within_class(labels[order]), kind="stable")]
-    return dataset.select(np.resize(order[places], max(count, at_least)))
-
-
-def _within_class(labels: np.ndarray) -> np.ndarray:
-    """Where every sample stands among those of its class, from 0 to 1: sorted by it, classes are evenly mixed."""
-    by_class = np.argsort(labels, kind="stable")
-    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-    place = np.empty(len(labels))
-    place[by_class] = (np.arange(len(labels)) - np.repeat(starts, counts) + 0.5) / np.repeat(counts, counts)
-    return place
+    return dataset.first(number)
 
 
 def all_labels(dataset: Dataset) -> np.ndarray:
-    """The label of every sample, ``(N,)``; load the source with ``needs=("label",)``, so that no picture is read."""
-    batches = (np.arange(i, min(i + 4096, len(dataset))) for i in range(0, len(dataset), 4096))
-    return np.concatenate([dataset.fetch(batch)["label"].numpy() for batch in batches])
-
-
-def class_names(*datasets: Dataset) -> list[str]:
-    """Names of the classes, or their numbers where the source has none; every split's labels are counted in.
-
-    Raises:
-        UserError: the source has no labels.
-    """
-    for dataset in datasets:
-        if "label" not in dataset.columns:
-            raise UserError(f"{dataset.name} has no labels; this recipe classifies.")
-        if dataset.classes is not None:
-            return list(dataset.classes)
-    largest = 0
-    for dataset in datasets:
-        small = CenterCrop(1) if "image" in dataset[0] else None  # pictures may be of any size
-        for batch in evaluation_batches(dataset, _BATCH, transform=small):
-            largest = max(largest, int(batch["label"].max()))
-    return [str(number) for number in range(largest + 1)]
+    """The label of every sample, ``(N,)``."""
+    return dataset.labels
 
 
 def train(

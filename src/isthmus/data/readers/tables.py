@@ -56,6 +56,10 @@ class Table(Dataset):
         self.table = encoded(table).select_columns(columns.top(wanted))
         self.rows, self.names, self.wanted, self.places = rows, columns, tuple(wanted), list(places)
 
+    def _keep_columns(self, columns: tuple[str, ...]) -> None:
+        super()._keep_columns(columns)
+        self.table = self.table.select_columns(self.names.top(columns))
+
     def __len__(self) -> int:
         return len(self.rows)
 

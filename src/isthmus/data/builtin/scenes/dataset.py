@@ -53,13 +53,14 @@ class Scenes(Dataset):
         task: str,
         kinds: Sequence[str],
     ) -> None:
-        self.draws, self.wanted, self.size, self.kinds = list(draws), tuple(wanted), size, tuple(kinds)
+        self.draws, self.size, self.kinds = list(draws), size, tuple(kinds)
         self.space = self.draws[0][0].space
         self.task = task.split("-")
         self.object_task = [f for f in self.task if f in ("shape", "colour", "fill")] or ["shape"]
         self.object_classes = _class_names(self.space, self.object_task)
         self.factor_names = self.space.varying if max(self.space.objects) == 1 else ()
         super().__init__(name, columns(self.space), _class_names(self.space, self.task), (size, size))
+        self.wanted = tuple(wanted)
 
     def __len__(self) -> int:
         return sum(len(numbers) for _, numbers in self.draws)
