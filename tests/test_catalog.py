@@ -32,6 +32,23 @@ def test_number_name_and_arxiv_id_are_those_of_the_sheets() -> None:
         assert (system.arxiv or "") in sheets[system.slug], system.slug
 
 
+def test_a_file_is_named_after_its_system_and_names_each_claim_once(tmp_path: Path) -> None:
+    text = (catalog.entries.DATA / "01-spark.toml").read_text(encoding="utf-8")
+    (tmp_path / "02-spark.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"01-spark\.toml"):
+        catalog.entries.read(tmp_path / "02-spark.toml")
+    (tmp_path / "01-spark.toml").write_text(text + text[text.index("[[claims]]") :])
+    with pytest.raises(ValueError, match="two claims of one name"):
+        catalog.entries.read(tmp_path / "01-spark.toml")
+
+
+def test_published_figures_are_found_by_system_and_metric() -> None:
+    assert catalog.published("spark")["accuracy_spark"] == "ImageNet, ResNet-50: 0.806"
+    assert "accuracy_ours" not in catalog.published("spark")
+    with pytest.raises(catalog.UnknownSystem):
+        catalog.published("sprak")
+
+
 @pytest.mark.parametrize("spelling", ["meg-decoding", "meg_decoding", "02", "2", "02-meg-decoding", " MEG-Decoding "])
 def test_a_system_is_found_in_every_spelling_of_its_name(spelling: str) -> None:
     assert catalog.find(spelling).number == 2

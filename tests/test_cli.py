@@ -129,8 +129,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     (folder / "toy.py").write_text(textwrap.dedent(TOY))
     everything = (*catalog.systems(), SYSTEM)
-    monkeypatch.setattr(catalog, "systems", lambda: everything)
-    monkeypatch.setattr(catalog, "RECIPES", folder)
+    for module in (catalog, catalog.entries):
+        monkeypatch.setattr(module, "systems", lambda: everything)
+    monkeypatch.setattr(catalog.entries, "RECIPES", folder)
     monkeypatch.setattr(recipes, "__path__", [str(folder)])
     monkeypatch.delenv("ISTHMUS_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -424,8 +425,9 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how(toy: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom isthmus import catalog, cli, recipes\n"
         "from isthmus.catalog import System\n"
-        "catalog.RECIPES = Path('recipes')\nrecipes.__path__ = ['recipes']\n"
-        "catalog.systems = lambda: (System(99, 'toy', 'Toy', 'Nobody', 2000, 'lens', 'It.'),)\n"
+        "catalog.entries.RECIPES = Path('recipes')\nrecipes.__path__ = ['recipes']\n"
+        "toy = System(99, 'toy', 'Toy', 'Nobody', 2000, 'lens', 'It.')\n"
+        "catalog.systems = catalog.entries.systems = lambda: (toy,)\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     flags = ["--mode", "sleep", "--out", "runs/toy", "--accelerator", "cpu", "--no-tensorboard"]

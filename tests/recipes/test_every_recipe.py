@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from isthmus import catalog, recipes
+from isthmus.catalog import System
 from isthmus.cli.running import restored
 from isthmus.engine.options import RunOptions
 from isthmus.report import plain
@@ -62,15 +63,22 @@ def test_its_settings_survive_the_file_that_resuming_reads(recipe: ModuleType, s
     assert restored(recipe.Config(), saved) == config
 
 
-def test_every_claim_is_about_a_metric_that_the_recipe_names(recipe: ModuleType) -> None:
+def test_claims_and_published_figures_are_about_metrics_that_the_recipe_names(recipe: ModuleType) -> None:
     system = catalog.find(recipe.__name__.rpartition(".")[2])
     assert system.claims, f"{system.name} is ready and claims nothing"
-    folder = Path(catalog.__file__).parent
+    names = named_by(system)
+    for metric in [*(claim.metric for claim in system.claims), *system.published]:
+        pairs = [(metric[:at], metric[at + 1 :]) for at, letter in enumerate(metric) if letter == "_"]
+        composed = any(start in names and end in names for start, end in pairs)
+        assert composed or any(re.fullmatch(name, metric) for name in names), f"no run.metric records {metric!r}"
+
+
+def named_by(system: System) -> list[str]:
+    """Every string of a system's recipe and of what recipes share, as a pattern."""
+    folder = Path(catalog.__file__).parents[1]
     shared = [folder / "engine" / "comparison.py", *folder.glob("tasks/*.py")]
     sources = [system.recipe, *folder.glob(f"recipes/_{system.module}*.py"), *shared]
-    names = [pattern for path in sources for pattern in strings(path.read_text(encoding="utf-8"))]
-    for claim in system.claims:
-        assert any(re.fullmatch(name, claim.metric) for name in names), f"no run.metric records {claim.metric!r}"
+    return [pattern for path in sources for pattern in strings(path.read_text(encoding="utf-8"))]
 
 
 def strings(source: str) -> list[str]:

@@ -96,7 +96,7 @@ def measure(
     if not system.ready:
         raise ValueError(f"{system.name} has no recipe yet, so nothing can be measured.")
     if not system.claims:
-        raise ValueError(f"{system.name} claims nothing yet; claims stand in catalog.toml.")
+        raise ValueError(f"{system.name} claims nothing yet; claims stand in catalog/data/{system.slug}.toml.")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"--seeds takes different numbers from 0 on, got {' '.join(map(str, seeds)) or 'none'}.")
     recipe = recipes.load(system.name)

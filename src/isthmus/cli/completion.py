@@ -99,7 +99,7 @@ def _run_flags(before: Sequence[str], last: str) -> list[tuple[str, str]]:
 
 
 def _settings(name: str) -> list[Setting]:
-    options = catalog.settings(Path(catalog.__file__).with_name("engine") / "options.py", "RunOptions")
+    options = catalog.settings(Path(catalog.__file__).parents[1] / "engine" / "options.py", "RunOptions")
     try:
         system = catalog.find(name)
     except catalog.UnknownSystem:

@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from isthmus.catalog import published
 from isthmus.data.transforms import Compose
 from isthmus.decoders.ffnet_head import FFNetHead
 from isthmus.encoders.backbone import Backbone
@@ -62,7 +63,9 @@ def fields(run: Run, size: int = 417, tries: int = 4) -> None:
     for name, value in radius.items():
         run.metric(f"field_radius_{name}", value, unit="px")
         run.metric(f"field_parameters_{name}", counts[name], unit="parameters")
-    run.metric("field_ratio", radius["basic"] / radius["bottleneck"], published=1.35)
+    run.metric(
+        "field_ratio", radius["basic"] / radius["bottleneck"], published=published("simple-segmentation")["field_ratio"]
+    )
     run.metric("field_parameters_ratio", counts["basic"] / counts["bottleneck"])
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     for axis, (name, field) in zip(figure.subplots(1, 2), maps.items(), strict=True):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.catalog import published
 from isthmus.codec import UserError
 from isthmus.data import evaluation_batches, load
 from isthmus.encoders.images.convit import GPSA, ConViT, locality, relative_offsets
@@ -144,9 +145,8 @@ def run(config: Config, run: Run) -> None:
             networks[name], watching[name] = trained.model, _over_training(start, result.curves)
             found = shared.accuracy(shared.confusion(run, trained.model, len(classes), held_out, plain))
             accuracies[name].append((number, found))
-            run.metric(
-                f"accuracy_{told}", found, published=_PUBLISHED.get((name, number)) if config.size == 224 else None
-            )
+            reported = published("convit").get(f"accuracy_{told}") if config.size == 224 else None
+            run.metric(f"accuracy_{told}", found, published=reported)
         gains.append(accuracies["ConViT"][-1][1] - accuracies["ViT"][-1][1])
         run.metric(f"gain_{number:g}_images", gains[-1])
     if len(gains) > 1:
@@ -181,20 +181,6 @@ def convert(path: Path, out: Path) -> Path:
     arguments = {"num_classes": 0 if head is None else len(head)}
     names = ("convit_tiny", "convit_small", "convit_base", "convit_tiny_plus", "convit_small_plus", "convit_base_plus")
     return shared.convert_for_timm(state, path, out, dict.fromkeys(names, arguments))
-
-
-_PUBLISHED: Mapping[tuple[str, float], str] = {
-    ("ConViT", 0.05): "0.478",
-    ("ViT", 0.05): "0.348",
-    ("ConViT", 0.1): "0.596",
-    ("ViT", 0.1): "0.480",
-    ("ConViT", 0.3): "0.737",
-    ("ViT", 0.3): "0.661",
-    ("ConViT", 0.5): "0.782",
-    ("ViT", 0.5): "0.746",
-    ("ConViT", 1.0): "0.814",
-    ("ViT", 1.0): "0.799",
-}
 
 
 # -------------------------------------------------------------------------------------------------------------- parts

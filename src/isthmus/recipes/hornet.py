@@ -27,6 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from isthmus.catalog import published
 from isthmus.codec import Loss, UserError, create_timm
 from isthmus.data import load
 from isthmus.encoders.backbone import made_for
@@ -42,14 +43,6 @@ needs = ("image", "label")
 
 _COLUMNS = ("signal", "target", "terms", "mask")
 _TERMS = ("a", "ab", "abc", "abcd")
-_PUBLISHED = {
-    "hornet_tiny_7x7": "0.828",
-    "hornet_tiny_gf": "0.830",
-    "hornet_small_7x7": "0.838",
-    "hornet_small_gf": "0.840",
-    "hornet_base_7x7": "0.842",
-    "hornet_base_gf": "0.843",
-}
 
 
 @dataclass(frozen=True)
@@ -151,8 +144,8 @@ def run(config: Config, run: Run) -> None:
     )
     trained = (result.objective if result.ema is None else result.ema).model
     table = shared.confusion(run, trained, len(classes), held_out, plain)
-    published = _PUBLISHED.get(config.encoder) if "imagenet-1k" in config.data else None
-    run.metric("accuracy", shared.accuracy(table), published=published)
+    reported = published("hornet").get(f"accuracy_{config.encoder}") if "imagenet-1k" in config.data else None
+    run.metric("accuracy", shared.accuracy(table), published=reported)
     run.metric("parameters", sum(p.numel() for p in network.parameters()), unit="parameters")
     shared.look(run, trained, classes, held_out, plain)
     shared.keep(run, trained, classes, "the trained network; `isthmus apply` tells what is on pictures with it")

@@ -41,6 +41,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
@@ -330,24 +331,16 @@ def _measure_field(
     found = receptive_field(network, [run.fabric.to_device(picture) for picture in pictures])
     run.metric(f"raw_area_{name}", float(found.area_ratio((0.5,), "raw").ratio))
     run.metric(f"relative_area_{name}", float(found.area_ratio((0.2,), "relative").ratio))
-    published = _PUBLISHED.get(name, (None,) * 4) if config.field_size == 1024 else (None,) * 4
-    for threshold, ratio, told in zip(THRESHOLDS, found.area_ratio().ratio.tolist(), published, strict=True):
-        run.metric(f"published_area_{100 * threshold:.0f}_{name}", ratio, published=told)
+    reported = published("large-kernels") if config.field_size == 1024 else {}  # of 50 ImageNet validation images
+    for threshold, ratio in zip(THRESHOLDS, found.area_ratio().ratio.tolist(), strict=True):
+        metric = f"published_area_{100 * threshold:.0f}_{name}"
+        run.metric(metric, ratio, published=reported.get(metric))
     run.metric(f"rms_radius_{name}", found.rms_radius, unit="px")
     if found.skipped:
         run.note(
             f"{name}: {len(found.skipped)} images were left out of its field, their gradients being zero or infinite."
         )
     return found
-
-
-#: Area ratios at t = 20, 30, 50, 99 %, trained on ImageNet, 50 validation images at 1024 pixels.
-_PUBLISHED = {
-    "resnet101": ("0.009", "0.015", "0.032", "0.224"),
-    "resnet152": ("0.011", "0.018", "0.039", "0.344"),
-    "replknet_13b": ("0.112", "0.171", "0.302", "0.963"),
-    "replknet_31b": ("0.163", "0.247", "0.432", "0.986"),
-}
 
 
 def _compare(run: Run, fields: Mapping[str, ReceptiveField], accuracies: Mapping[str, float]) -> None:

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from isthmus.catalog import published
 from isthmus.codec import Codec, UserError, save_weights, write_atomically
 from isthmus.data.builtin.brain.cortex import NETWORKS, mean_latency
 from isthmus.decoders.latent_heads import LatentHeads
@@ -144,10 +145,12 @@ def run(config: Config, run: Run) -> None:
     )
     codec, scale, found = _compare(config, run, "convnet", train, test, val)
     run.metric("chance", min(1.0, config.k / len(test.stimulus.unique())))
+    reported = published("meg-decoding")
     for name, value in found.items():
         if name.startswith("top5"):
-            run.metric(name, value, published="0.70 of 200" if name == "top5_cnn_repeats" else None)
-    run.metric("cnn_over_ridge", found["top5_cnn"] / max(found["top5_ridge"], 1e-9), published="about 7 (averages)")
+            run.metric(name, value, published=reported.get(name))
+    ratio = found["top5_cnn"] / max(found["top5_ridge"], 1e-9)
+    run.metric("cnn_over_ridge", ratio, published=reported.get("cnn_over_ridge"))
     bars = {"convnet": found["top5_cnn"], "ridge": found["top5_ridge"]}
     bars |= {
         "convnet, repeats averaged": found["top5_cnn_repeats"],
@@ -366,7 +369,8 @@ def _paint(
     seen = pictures.small_pictures(mean_trials.image).float() / 255
     for name, made in (("painted", painted), ("nearest", near)):
         for measure, value in pictures.scores(made, seen).items():
-            run.metric(f"{measure}_{name}", value, published=_PUBLISHED.get(measure))
+            metric = f"{measure}_{name}"
+            run.metric(metric, value, published=published("meg-decoding").get(metric))
     run.metric("pixcorr_shuffled", pictures.scores(painted.roll(1, 0), seen)["pixcorr"])
     rows = {"seen": seen, "nearest": near, "generated": painted}
     run.figure("pictures", pictures.draw(rows), "Test pictures, the nearest of training, and the decoder's.")
@@ -375,7 +379,6 @@ def _paint(
 
 _STREAM_BUDGET = 5000
 """Milliseconds of computing after which a stream has shown what it can do."""
-_PUBLISHED = {"pixcorr": ".076", "ssim": ".336"}
 
 
 # ------------------------------------------------------------------------------------------------------------ keeping

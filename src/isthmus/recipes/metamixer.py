@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm
 from isthmus.data import load
 from isthmus.encoders.backbone import made_for
@@ -152,7 +153,8 @@ def run(config: Config, run: Run) -> None:
         trained = result.objective.model if result.ema is None else result.ema.model
         kept = trained if kept is None else kept
         accuracies[name] = shared.accuracy(shared.confusion(run, trained, len(classes), held_out, plain))
-        run.metric(f"accuracy_{name}", accuracies[name], published=_PUBLISHED.get(name))
+        metric = f"accuracy_{name}"
+        run.metric(metric, accuracies[name], published=published("metamixer").get(metric))
         merged = _merged(trained)
         sizes[name] = sum(p.numel() for p in merged.parameters())
         run.metric(f"parameters_{name}", sizes[name])
@@ -195,13 +197,6 @@ def convert(path: Path, out: Path) -> Path:
         UserError: no such checkpoint.
     """
     return convert_checkpoint(path, out)
-
-
-_PUBLISHED: Mapping[str, str] = {
-    "metamixer_ffnet_1": "0.813",
-    "metamixer_ffnet_2": "0.829",
-    "metamixer_ffnet_3": "0.839",
-}
 
 
 # ------------------------------------------------------------------------------------------------------------- mixers

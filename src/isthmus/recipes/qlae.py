@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.catalog import published
 from isthmus.codec import Codec, UserError, write_atomically
 from isthmus.data import evaluation_batches
 from isthmus.data.dataset import Unreadable
@@ -231,8 +232,6 @@ def load(folder: str | Path) -> tuple[Codec, Facts]:
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 
-_PUBLISHED: Mapping[str, str] = {"infom_qlae": "0.95 (Shapes3D)", "infoe_qlae": "0.99", "infoc_qlae": "0.55"}
-
 
 def _try_metric(run: Run, rotations: int = 10) -> None:
     """The metric on latents that are the causes themselves, permuted, and on the same ones rotated at random."""
@@ -253,7 +252,7 @@ def _record(run: Run, arm: str, found: Measured) -> None:
         return
     for score in ("infom", "infoe", "infoc"):
         name = f"{score}_{arm}"
-        run.metric(name, getattr(found.scores, score), published=_PUBLISHED.get(name))
+        run.metric(name, getattr(found.scores, score), published=published("qlae").get(name))
     run.metric(f"active_{arm}", int(found.scores.active.sum()))
     for note in found.scores.notes:
         run.note(f"{arm}: {note}.")

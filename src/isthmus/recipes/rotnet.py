@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
+from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm, load_weights, save_weights, spec_of
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
@@ -173,7 +174,7 @@ def run(config: Config, run: Run) -> None:
     confusion = _confusion(run, objective, held_out, plain)
     accuracy = float(confusion.diagonal().sum() / confusion.sum())
     chance = 1 / len(config.rotations)
-    run.metric("rotation_accuracy", accuracy, published="0.936 (CIFAR-10, NIN of 4 blocks, a user's reproduction)")
+    run.metric("rotation_accuracy", accuracy, published=published("rotnet").get("rotation_accuracy"))
     if run.is_first:
         save_weights(network, run.dir / ENCODER, {"timm": config.encoder, "size": str(config.size)})
     arguments = f"num_classes={len(config.rotations)}, checkpoint_path={str(run.dir / ENCODER)!r}"
@@ -402,6 +403,7 @@ def _probes(
     labels, others = (_labels(source, split, run) for split in (config.train_split, config.eval_split))
     classes = 1 + int(max(labels.max(), others.max()))
     augmented, plain = _transforms(config, next(iter(networks.values())))
+    reported = published("rotnet") if config.head == "conv" else {}
     found: dict[str, float] = {}
     for number in config.labels:
         chosen = first_per_class(labels, number)
@@ -413,7 +415,7 @@ def _probes(
             head = functools.partial(_head, config, classes)
             probed = probe(run, phase, level, head, few, config.probe, plain, augmented if config.augment else None)
             found[phase] = accuracy(run, probed, held_out, plain)
-            run.metric(phase, found[phase], published=_PUBLISHED.get(phase) if config.head == "conv" else None)
+            run.metric(phase, found[phase], published=reported.get(phase))
         run.metric(f"gain_{told}", found[f"probe_{told}"] - found[f"probe_{told}_untrained"])
         if config.scratch:
             run.seed_everything("network")
@@ -422,9 +424,6 @@ def _probes(
             found[f"scratch_{told}"] = accuracy(run, whole, held_out, plain)
             run.metric(f"scratch_{told}", found[f"scratch_{told}"])
     return found
-
-
-_PUBLISHED = {"probe_all_labels": "0.9116", "probe_all_labels_untrained": "0.7250"}
 
 
 def _head(config: Config, classes: int, level: Tensor) -> nn.Module:

@@ -31,6 +31,7 @@ from torch import nn
 from torchvision.transforms import Normalize
 
 from isthmus import data
+from isthmus.catalog import published
 from isthmus.codec import UserError, save_weights
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Mixup, RandomResizedCrop, Resize
 from isthmus.data.transforms.augment import RandomErase, TrivialAugment
@@ -326,14 +327,12 @@ def _finetune_all(
         network = nn.Sequential(Normalize(IMAGENET_MEAN, IMAGENET_STD), model)
         objective = Classification(network, smoothing=config.smoothing, binary=config.binary)
         final = _fit(run, f"finetune-{name}", objective, few, training, Compose(steps))
-        run.metric(f"accuracy_{name}", _accuracy(final, test, size, run), published=_PUBLISHED.get(name))
+        metric = f"accuracy_{name}"
+        run.metric(metric, _accuracy(final, test, size, run), published=published("spark").get(metric))
         if name == "spark" and run.is_first:
             save_weights(cast(nn.Sequential, final.model)[1], run.dir / "classifier.safetensors")
     call = f"timm.create_model({config.encoder!r}, num_classes={classes}, checkpoint_path=...)"
     run.artifact("classifier", run.dir / "classifier.safetensors", f"the fine-tuned network: {call}")
-
-
-_PUBLISHED = {"spark": "ImageNet, ResNet-50: 0.806", "scratch": "ImageNet, ResNet-50: 0.798"}
 
 
 def _few(config: Config, run: Run, train: data.Dataset) -> data.Dataset:

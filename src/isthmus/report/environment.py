@@ -61,7 +61,7 @@ def code(system: str, package: Path | None = None) -> str:
     for path in sorted(package.rglob("*.py")):
         room, *rest = path.relative_to(package).parts
         foreign = room == "recipes" and rest[0][0] != "_" and rest[0] != f"{system.replace('-', '_')}.py"
-        if room not in ("cli", "report", "catalog.py") and not foreign:
+        if room not in ("cli", "report", "catalog") and not foreign:
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
