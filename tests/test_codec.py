@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,10 +83,119 @@ def test_model_file_can_name_only_parts(target: str) -> None:
         build({"target": target, "kwargs": {}})
 
 
-def test_foreign_module_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Sequential cannot be written"):
-        Codec(nn.Sequential(nn.Conv2d(3, 4, 1))).save_pretrained(tmp_path / "x")
-    assert not list((tmp_path / "x").glob("*.json"))
+class Mine(nn.Module):
+    """A decoder of one's own."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return self.linear(features[-1].mean((2, 3)))
+
+
+def test_a_part_of_ones_own_is_given_again_at_loading(tmp_path: Path) -> None:
+    codec = Codec(Backbone("resnet10t", reductions=(16,)), decoder=Mine(256, 10)).eval()
+    codec.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"the decoder of this model is a Mine of code outside .* decoder=Mine\(…\)"):
+        Codec.from_pretrained(tmp_path)
+    x = torch.rand(1, 3, 64, 64)
+    again = Codec.from_pretrained(tmp_path, decoder=Mine(256, 10))
+    with torch.no_grad():
+        assert torch.equal(again(x).prediction, codec(x).prediction)
+    with pytest.raises(UserError, match="its description says"):
+        Codec.from_pretrained(_described(tmp_path / "e", encoder={"target": "isthmus:Backbone", "kwargs": {}}))
+
+
+def _described(folder: Path, **parts: Any) -> Path:
+    folder.mkdir()
+    told = {"format": "isthmus-codec", "version": 1, "encoder": {"target": "isthmus:Pixels"}, **parts}
+    (folder / "codec.json").write_text(json.dumps(told))
+    save_weights(Codec(nn.Identity()), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"encoder": {"target": "timm:resnet18", "kwargs": [1]}}, "an object of kwargs"),
+        ({"encoder": {"target": 3}}, "described by a target"),
+        ({"encoder": None}, "describes no encoder"),
+        ({"encoder": "resnet18"}, "describes no encoder"),
+        ({"bottleneck": 7}, "describes no bottleneck"),
+        ({"encoder": {"target": "isthmus:Pixels", "kwargs": {"colour": 1}}}, "cannot be made of what"),
+        ({"version": 2}, "version 2"),
+    ],
+)
+def test_a_description_that_cannot_be_is_one_sentence(tmp_path: Path, parts: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        Codec.from_pretrained(_described(tmp_path / "x", **parts))
+
+
+def test_a_description_nested_without_end_is_one_sentence(tmp_path: Path) -> None:
+    folder = _described(tmp_path / "x")
+    (folder / "codec.json").write_text('{"encoder":' + '{"a":' * 50_000 + "1" + "}" * 50_001)
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        Codec.from_pretrained(folder)
+    deep: Any = 1
+    for _ in range(900):
+        deep = {"kwargs": {"x": deep}, "target": "isthmus:Pixels"}
+    with pytest.raises(UserError):
+        build(deep)
+
+
+@pytest.mark.parametrize("tied", ['{"a": "nothing"}', '{"a": 3}', '["a"]', "{", "[" * 50_000])
+def test_ties_to_nothing_are_one_sentence(tmp_path: Path, tied: str) -> None:
+    save_weights(nn.Linear(2, 2), tmp_path / "m.safetensors", {"tied": tied})
+    with pytest.raises(UserError):
+        load_weights(nn.Linear(2, 2), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18", {"pretrained": True}),
+        ("resnet18", {"checkpoint_path": "/etc/passwd"}),
+        ("resnet18", {"cache_dir": "/tmp"}),
+        ("resnet18", {"pretrained_cfg": {"url": "https://example.com/x.pth"}}),
+        ("resnet18", {"pretrained_cfg_overlay": {"file": "/etc/passwd"}}),
+        ("resnet18", {"model_cfg": {}}),
+        ("hornet_tiny_7x7", {"pretrained": True}),
+        ("hf-hub:timm/resnet18.a1_in1k", {}),
+        ("local-dir:/tmp", {}),
+    ],
+)
+def test_a_model_file_makes_timm_fetch_nothing(name: str, kwargs: dict[str, Any]) -> None:
+    for spec in (
+        {"target": f"timm:{name}", "kwargs": kwargs},
+        {"target": "isthmus:Backbone", "kwargs": {"model": name, **kwargs}},
+    ):
+        with pytest.raises(UserError, match=r"refused|has no model"):
+            build(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18", {"num_classes": 3, "in_chans": 1, "global_pool": "max", "stem_width": 16, "drop_path_rate": 0.1}),
+        ("vit_tiny_patch16_224", {"img_size": [64, 32], "depth": 1, "class_token": False, "global_pool": "avg"}),
+        ("vit_small_r26_s32_224", {"img_size": 64, "depth": 1}),
+        ("regnetx_002", {"output_stride": 16, "se_ratio": 0.25}),
+        ("efficientnet_b0", {"num_classes": 0}),
+        ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "features_only": True, "out_indices": [1]}),
+        ("hornet_tiny_7x7", {"depths": [1, 1, 1, 1], "num_classes": 2}),
+        ("metamixer_ffnet_1", {"deploy": True}),
+    ],
+)
+def test_how_an_architecture_is_built_is_allowed(name: str, kwargs: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = build({"target": f"timm:{name}", "kwargs": kwargs})
+    assert spec_of(model) == {"target": f"timm:{name}", "kwargs": kwargs}
+
+
+def test_what_an_overlaid_configuration_changed_is_described() -> None:
+    model = create_timm("resnet10t", pretrained_cfg_overlay={"num_classes": 5})
+    assert build(spec_of(model)).num_classes == 5
 
 
 def test_unknown_timm_name_is_answered_with_near_ones() -> None:

@@ -19,7 +19,10 @@ from typing import Any
 
 from torch import nn
 
-from isthmus.codec import UserError, build, load_weights, save_weights, spec_of, write_atomically
+from isthmus.codec import Codec, UserError, load_weights, save_weights, write_atomically
+from isthmus.codec.files import read_object
+from isthmus.codec.hub import folder_of
+from isthmus.codec.parts import build_or_take, spec_or_name
 from isthmus.data.inputs import Inputs
 
 #: The folder of a run that holds its models, one folder each.
@@ -27,6 +30,7 @@ KEPT = "kept"
 WEIGHTS = "model.safetensors"
 FACTS = "saved.json"
 _FORMAT = 1
+_CODEC = "isthmus:Codec"
 
 
 @dataclass
@@ -59,41 +63,46 @@ def save(
 
     Args:
         folder: made where it is not there.
-        model: an isthmus part, a timm model made by ``isthmus.codec.create_timm``, or a Codec.
+        model: an isthmus part, a timm model made by ``isthmus.codec.create_timm``, or a Codec. What is neither is kept
+            by its weights only, and given again to :func:`load`.
         inputs: what it is fed.
         labels: names of its classes.
         facts: plain values that a recipe's ``answer`` needs.
 
     Raises:
-        UserError: the model cannot be described, or a fact is no plain value.
+        UserError: a fact is no plain value.
     """
     told = {
         "format": _FORMAT,
-        "model": spec_of(model),
+        "model": _description(model),
         "inputs": inputs.as_json(),
         "labels": None if labels is None else [str(label) for label in labels],
         "facts": _plain(dict(facts or {})),
     }
     text = json.dumps(told, indent=1, allow_nan=False)
+    (folder / FACTS).unlink(missing_ok=True)  # a kill from here on leaves no model, rather than two halves
     save_weights(model, folder / WEIGHTS)
     write_atomically(folder / FACTS, text.encode())
     return folder
 
 
-def load(source: str | Path) -> Saved:
+def load(source: str | Path, *, revision: str | None = None, **parts: nn.Module) -> Saved:
     """A kept model: from its folder, from a run (its first model), or from the Hugging Face hub (``OWNER/NAME``).
+
+    Args:
+        source: where it is.
+        revision: of the hub's repository.
+        parts: what a file cannot describe because its code is outside isthmus: ``decoder=Mine(…)`` (or ``encoder``,
+            ``bottleneck``) of a Codec, ``model=Mine(…)`` where it is the whole.
 
     Raises:
         UserError: there is none, or what is there is damaged or of another kind.
     """
-    folder = _find(source)
+    folder = _find(source, revision)
     path = folder / FACTS
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); keep the model again.") from error
-    if not isinstance(told, dict) or not {"model", "inputs"} <= told.keys():
-        raise UserError(f"{path} describes no model of isthmus.")
+    told = read_object(path, "the folder of a kept model")
+    if not {"model", "inputs"} <= told.keys():
+        raise UserError(f"{path} describes no model of isthmus: it lacks model or inputs.")
     if told.get("format") != _FORMAT:
         raise UserError(f"{path} is of format {told.get('format')!r}; this version reads {_FORMAT}.")
     labels, facts = told.get("labels"), told.get("facts") or {}
@@ -102,27 +111,42 @@ def load(source: str | Path) -> Saved:
     if not isinstance(facts, dict):
         raise UserError(f"{path}: facts are an object.")
     inputs = Inputs.from_json(told["inputs"])
-    model = build(told["model"])
+    model = _made(told["model"], parts)
     if not isinstance(model, nn.Module):
         raise UserError(f"{path} describes no model.")
     load_weights(model, folder / WEIGHTS)
     return Saved(model.eval(), inputs, labels, facts, folder)
 
 
-def _find(source: str | Path) -> Path:
+def _description(model: nn.Module) -> Any:
+    """How the model is made; of a Codec, part by part, because one of them may be of code outside isthmus."""
+    if type(model) is not Codec:
+        return spec_or_name(model)
+    return {"target": _CODEC, "kwargs": {name: spec_or_name(part) for name, part in model.part_arguments().items()}}
+
+
+def _made(spec: Any, parts: Mapping[str, nn.Module]) -> Any:
+    kwargs = spec.get("kwargs") if isinstance(spec, dict) and spec.get("target") == _CODEC else None
+    known = ("model", *(kwargs if isinstance(kwargs, dict) else ()))
+    if unknown := sorted(parts.keys() - set(known)):
+        raise UserError(f"this model has no part {', '.join(unknown)}; its parts are {', '.join(known)}.")
+    if "model" in parts or not isinstance(kwargs, dict):
+        return build_or_take(spec, parts, "model")
+    return Codec(**{name: build_or_take(part, parts, name) for name, part in kwargs.items()})
+
+
+def _find(source: str | Path, revision: str | None) -> Path:
     folder = Path(source)
     if (folder / FACTS).is_file():
         return folder
     kept = sorted(path.parent for path in (folder / KEPT).glob(f"*/{FACTS}"))
     if kept:
         return _first(folder, kept)
+    if (folder / Codec.CONFIG).is_file():
+        raise UserError(f"{folder} is a Codec without inputs; isthmus.codec.Codec.from_pretrained({str(folder)!r}).")
     if folder.exists():
         raise UserError(f"{folder} holds no kept model; let the run end first, or name the folder with {FACTS}.")
-    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~", "runs/")):
-        from isthmus.codec.hub import download
-
-        return download(source, [FACTS, WEIGHTS], None)
-    raise UserError(f"there is no folder {source}; give a run, the folder of a kept model, or OWNER/NAME on the hub.")
+    return folder_of(source, (FACTS, WEIGHTS), revision)
 
 
 def _first(run: Path, kept: Sequence[Path]) -> Path:

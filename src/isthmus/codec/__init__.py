@@ -24,7 +24,8 @@ from isthmus.codec.contracts import (
 )
 from isthmus.codec.errors import UserError, extra
 from isthmus.codec.files import load_weights, save_weights, write_atomically
-from isthmus.codec.parts import build, create_timm, part, replaces, spec_of
+from isthmus.codec.parts import build, part, spec_of
+from isthmus.codec.timm_models import create_timm, replaces
 
 __all__ = [
     "Bottleneck",

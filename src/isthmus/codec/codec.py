@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from isthmus.codec.contracts import Code, Condition, call_part, conditions_of
 from isthmus.codec.errors import UserError
-from isthmus.codec.files import load_weights, save_weights, write_atomically
-from isthmus.codec.hub import download
-from isthmus.codec.parts import build, part, spec_of
+from isthmus.codec.files import load_weights, read_object, save_weights, write_atomically
+from isthmus.codec.hub import folder_of
+from isthmus.codec.parts import build_or_take, part, spec_or_name
 
 
 @part
@@ -94,11 +94,10 @@ class Codec(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``codec.json`` and ``model.safetensors`` into ``folder``; both are complete or absent.
 
-        Raises:
-            UserError: a part cannot be described (see :func:`spec_of`).
+        A part of one's own that is no ``@part`` is kept by its weights only: give it to :meth:`from_pretrained`.
         """
-        parts = {"encoder": self.encoder, "bottleneck": self.bottleneck, "decoder": self.decoder}
-        config = {"format": "isthmus-codec", "version": 1, **{name: spec_of(p) for name, p in parts.items()}}
+        parts = {name: spec_or_name(module) for name, module in self.part_arguments().items()}
+        config = {"format": "isthmus-codec", "version": 1, **parts}
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         save_weights(self, path / self.WEIGHTS)
@@ -106,26 +105,40 @@ class Codec(nn.Module):
         return path
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        encoder: nn.Module | None = None,
+        bottleneck: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ) -> Self:
         """Load a folder written by :meth:`save_pretrained`, or a repository of the Hugging Face hub of that layout.
+
+        Args:
+            source: the folder, or ``OWNER/NAME`` on the hub.
+            revision: of the repository.
+            encoder: used in place of the one that the file describes; needed where it describes none.
+            bottleneck: likewise.
+            decoder: likewise.
 
         Raises:
             UserError: there is no such folder, the file is no codec, or the weights do not fit the parts.
         """
-        path = Path(source)
-        if not path.is_dir():
-            path = download(str(source), (cls.CONFIG, cls.WEIGHTS), revision)
-        try:
-            config = json.loads((path / cls.CONFIG).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} holds no readable {cls.CONFIG}; give a folder written by save_pretrained."
-            ) from error
-        if not isinstance(config, dict) or config.get("format") != "isthmus-codec":
+        path = folder_of(source, (cls.CONFIG, cls.WEIGHTS), revision)
+        config = read_object(path / cls.CONFIG, "a folder written by save_pretrained")
+        if config.get("format") != "isthmus-codec":
             raise UserError(f"{path / cls.CONFIG} is not an isthmus codec file.")
         if config.get("version") != 1:
             raise UserError(f"{path / cls.CONFIG} has version {config.get('version')}; this isthmus reads version 1.")
-        codec = cls(*(build(config.get(name)) for name in ("encoder", "bottleneck", "decoder")))
+        parts = {"encoder": encoder, "bottleneck": bottleneck, "decoder": decoder}
+        given = {name: module for name, module in parts.items() if module is not None}
+        made = {name: build_or_take(config.get(name), given, name) for name in parts}
+        for name, module in made.items():
+            if not (isinstance(module, nn.Module) or (module is None and name != "encoder")):
+                raise UserError(f"{path / cls.CONFIG} describes no {name}.")
+        codec = cls(**made)
         load_weights(codec, path / cls.WEIGHTS)
         return codec.eval()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from isthmus.codec.errors import UserError
 
@@ -50,6 +52,21 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str], metadata: dict
     write_atomically(path, save(state, metadata=metadata))
 
 
+def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """The object in a JSON file; ``what`` says where such a file comes from.
+
+    Raises:
+        UserError: it is missing, damaged, nested without end, or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({type(error).__name__}); give {what}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; give {what}.")
+    return content
+
+
 def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a file of :func:`save_weights` into a module of the same parts.
 
@@ -62,17 +79,36 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
         with safe_open(str(path), "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator of its own
             tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not a readable safetensors file ({error}); it may be missing or cut short."
         ) from error
+    if not isinstance(tied, dict) or not all(isinstance(other, str) and other in state for other in tied.values()):
+        raise UserError(f"{path} is damaged: its metadata ties tensors to others that it does not have.")
     state |= {name: state[other] for name, other in tied.items()}
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
-    if missing or extra or shapes:
-        told = [f"lacks {missing[0]} (and {len(missing) - 1} more)"] if missing else []
-        told += [f"has an unknown {extra[0]} (and {len(extra) - 1} more)"] if extra else []
-        told += [f"{n} is {tuple(state[n].shape)}, the model's is {tuple(own[n].shape)}" for n in shapes[:1]]
-        raise UserError(f"{path} does not fit {type(module).__name__}: it " + "; it ".join(told) + ".")
+    if told := misfit(state, module.state_dict()):
+        raise UserError(f"{path} does not fit {type(module).__name__}: {told}.")
     module.load_state_dict(state)
+
+
+def misfit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """What keeps tensors from being those wanted, blamed on names or on shapes; empty where they fit."""
+    missing = [name for name in wanted if name not in state]
+    extra = [name for name in state if name not in wanted]
+    shapes = [name for name in wanted if name in state and wanted[name].shape != state[name].shape]
+    told = []
+    if missing and len(missing) == len(wanted):
+        told.append(
+            f"all names are others, such as {extra[0]} where {missing[0]} is wanted" if extra else "it is empty"
+        )
+    else:
+        told += [f"it lacks {_some(missing)}"] if missing else []
+        told += [f"it has {_some(extra)}, which the model does not have"] if extra else []
+    if shapes:
+        name, rest = shapes[0], f" (and {len(shapes) - 1} more of another shape)" if len(shapes) > 1 else ""
+        told.append(f"{name} is {tuple(state[name].shape)}, the model's is {tuple(wanted[name].shape)}{rest}")
+    return "; ".join(told)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -12,12 +12,12 @@ from torch import nn
 
 from isthmus.codec import tables
 from isthmus.codec.errors import UserError
+from isthmus.codec.timm_models import create_timm, described
 
 _Made = TypeVar("_Made", bound=Callable[..., Any])
 _PREFIX = "isthmus:"
 
 _registered: dict[str, Callable[..., Any]] = {}
-_replacements: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 
 
 @overload
@@ -102,7 +102,7 @@ def spec_of(value: Any) -> Any:
     """
     if isinstance(value, nn.Module):
         if "_timm_spec" in value.__dict__:
-            return value.__dict__["_timm_spec"]
+            return {key: spec_of(item) for key, item in value.__dict__["_timm_spec"].items()}
         if "_part_name" in value.__dict__:
             now = getattr(value, "part_arguments", None)
             given: Any = now() if callable(now) else value.__dict__["_part_arguments"]
@@ -121,23 +121,67 @@ def spec_of(value: Any) -> Any:
     raise UserError(f"an argument of type {type(value).__name__} cannot be written to a model file: {value!r}")
 
 
+def spec_or_name(module: nn.Module | None) -> Any:
+    """:func:`spec_of`; ``{"given": "Class"}`` for what cannot be described and has to be given again at loading."""
+    try:
+        return spec_of(module)
+    except UserError:
+        return {"given": type(module).__name__}
+
+
+def build_or_take(spec: Any, given: Mapping[str, nn.Module], name: str) -> Any:
+    """The part ``name`` of a model: the one of ``given``, else made of its :func:`spec_or_name` form.
+
+    Raises:
+        UserError: it could not be described and is not given; or see :func:`build`.
+    """
+    if name in given:
+        return given[name]
+    if isinstance(spec, Mapping) and "target" not in spec and "given" in spec:
+        kind = spec["given"]
+        raise UserError(
+            f"the {name} of this model is a {kind} of code outside isthmus, which a file cannot describe; make one as "
+            f"it was and give it at loading: {name}={kind}(…)."
+        )
+    return build(spec)
+
+
 def build(spec: Any) -> Any:
     """Make a part from its ``spec_of`` form. Only parts of isthmus, parts of your own and ``timm:`` names are made.
 
     Raises:
-        UserError: for any other target, so that a model file can never run code of its own.
+        UserError: for any other target, so that a model file can never run code of its own, nor read others or the
+            network; for arguments that the part does not take; for a description that is nested without end.
     """
+    token = described.set(True)
+    try:
+        return _built(spec)
+    except RecursionError as error:
+        raise UserError("this description of a model is nested too deep.") from error
+    finally:
+        described.reset(token)
+
+
+def _built(spec: Any) -> Any:
     if isinstance(spec, list):
-        return [build(item) for item in spec]
+        return [_built(item) for item in spec]
     if not isinstance(spec, Mapping):
         return spec
     if "target" not in spec:
-        return {key: build(item) for key, item in spec.items()}
-    target = str(spec["target"])
-    kwargs = {key: build(item) for key, item in spec.get("kwargs", {}).items()}
-    if target.startswith("timm:"):
-        return create_timm(target.removeprefix("timm:"), **kwargs)
-    return _named(target)(**kwargs)
+        return {key: _built(item) for key, item in spec.items()}
+    target, kwargs = spec["target"], spec.get("kwargs", {})
+    if not isinstance(target, str) or not isinstance(kwargs, Mapping):
+        raise UserError(f"a part is described by a target and an object of kwargs, got {spec!r:.120}.")
+    made = {str(key): _built(item) for key, item in kwargs.items()}
+    try:
+        if target.startswith("timm:"):
+            return create_timm(target.removeprefix("timm:"), **made)
+        return _named(target)(**made)
+    except (UserError, RecursionError):
+        raise
+    except Exception as error:  # whatever a constructor says of arguments that it cannot use
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{target} cannot be made of what its description says: {reason}") from error
 
 
 def _named(target: str) -> Callable[..., Any]:
@@ -153,33 +197,3 @@ def _named(target: str) -> Callable[..., Any]:
             "code of its own that has to be imported first."
         )
     return _registered[name]
-
-
-# ------------------------------------------------------------------------------------------------------ timm's models
-
-
-def replaces(kind: type[nn.Module], by: Callable[[Any], nn.Module]) -> None:
-    """Let :func:`create_timm` hand every model of this very class to ``by`` and give what that returns."""
-    _replacements[kind] = by
-
-
-def create_timm(name: str, **kwargs: Any) -> nn.Module:
-    """``timm.create_model`` whose result a Codec can save; an unknown name is answered with the nearest ones.
-
-    Our own architectures are among them. ``pretrained=True`` is used while making the model and not recorded, because
-    the weights travel in the file.
-    """
-    import timm
-
-    if (ours := tables.module_of(name)) is not None:
-        importlib.import_module(ours)  # registers its architectures with timm
-    if not timm.is_model(name):
-        import difflib
-
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise UserError(f"timm has no model {name!r}." + (f" Nearest: {', '.join(near)}." if near else ""))
-    model = timm.create_model(name, **kwargs)
-    model = _replacements.get(type(model), lambda same: same)(model)
-    kept = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path", "cache_dir")}
-    object.__setattr__(model, "_timm_spec", {"target": f"timm:{name}", "kwargs": spec_of(kept)})
-    return model
