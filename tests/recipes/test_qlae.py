@@ -14,10 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+import isthmus
 from isthmus.codec import UserError
 from isthmus.engine import Run, Training
 from isthmus.recipes import qlae
 from isthmus.recipes.qlae import Config
+from isthmus.tasks import applying
+from isthmus.tasks.latents import LatentsTask
 
 BRIEF = Training(steps=3, batch_size=32, lr=1e-3, schedule="constant")
 SMALL = Config(latents=4, values=3, training=BRIEF, gan=replace(BRIEF, steps=6, batch_size=8))
@@ -47,36 +50,24 @@ def test_every_arm_is_scored_and_drawn(finished: tuple[Path, dict[str, Any]]) ->
     assert metrics["margin_over_ae"] == pytest.approx(metrics["infom_qlae"] - metrics["infom_ae"])
 
 
-def test_apply_writes_codes_and_what_latents_change(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    Image.fromarray(np.full((20, 30, 3), 128, np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "no.txt").write_text("no picture")
-    written = qlae.apply(finished[0], [tmp_path / "a.png", tmp_path / "no.txt"], tmp_path / "out")
-    assert [path.name for path in written] == ["codes.json", "a-latents.png"]
-    told = json.loads(written[0].read_text())
-    codec, facts = qlae.load(finished[0])
-    entry = told[str(tmp_path / "a.png")]
-    code = codec.encode(torch.full((1, 3, facts.size, facts.size), 128 / 255)).indices
-    assert code is not None
-    assert entry["code"] == code.flatten().tolist()
-    assert len(entry["values"]) == len(facts.names) == 4
-    assert "skipped" in told[str(tmp_path / "no.txt")]
-    with pytest.raises(UserError, match="none of the inputs"):
-        qlae.apply(finished[0], [tmp_path / "no.txt"], tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def test_apply_takes_pictures_of_any_form(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    forms = {"odd": ("RGB", (37, 5)), "grey": ("L", (8, 8)), "clear": ("RGBA", (9, 12)), "dot": ("RGB", (1, 1))}
+def test_apply_tells_the_code_and_what_latents_change(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    forms = {"a": ("RGB", (30, 20)), "odd": ("RGB", (37, 5)), "clear": ("RGBA", (9, 12)), "dot": ("RGB", (1, 1))}
     for name, (mode, size) in forms.items():
-        Image.new(mode, size).save(tmp_path / f"{name}.png")
-    written = qlae.apply(finished[0], [tmp_path / f"{name}.png" for name in forms], tmp_path / "out")
-    assert [path.name for path in written] == ["codes.json", *(f"{name}-latents.png" for name in forms)]
+        Image.new(mode, size, 128 if mode == "L" else (128,) * len(mode)).save(tmp_path / f"{name}.png")
+    inputs = [tmp_path / f"{name}.png" for name in forms]
+    written = applying.apply(finished[0], inputs, tmp_path / "out", qlae.answer)
+    assert [path.name for path in written] == ["answers.json", *(f"{name}-answer.png" for name in forms)]
+    facts = json.loads(written[0].read_text())[str(inputs[0])]
+    kept = isthmus.load(finished[0])
+    code = kept.model.encode(torch.full((1, 3, 16, 16), 128 / 255)).indices
+    assert facts["code"] == code.flatten().tolist()
+    assert len(facts["values"]) == len(facts["causes"]) == 4
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(SMALL, arms=("qlae", "vae", "fsq"), measured=60)
     whole = ran(tmp_path / "whole", config)[1]["metrics"]
-    measure = qlae.arms.measure
+    measure = LatentsTask.measure
     calls = itertools.count()
 
     def until(*arguments: Any) -> Any:
@@ -84,7 +75,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(qlae.arms, "measure", until)
+    monkeypatch.setattr(LatentsTask, "measure", until)
     with pytest.raises(KeyboardInterrupt):
         ran(tmp_path, config)
     monkeypatch.undo()
@@ -119,7 +110,7 @@ def test_pictures_without_causes_are_coded_all_the_same(tmp_path: Path) -> None:
     folder, report = ran(tmp_path, config)
     assert "psnr_qlae" in report["metrics"]
     assert "infom_qlae" not in report["metrics"]
-    assert qlae.load(folder)[1].names == [f"latent {i}" for i in range(4)]
+    assert isthmus.load(folder).facts["names"] == [f"latent {i}" for i in range(4)]
 
 
 def test_too_few_pictures_for_the_scores_leave_a_codec_and_a_note(tmp_path: Path) -> None:
@@ -129,35 +120,30 @@ def test_too_few_pictures_for_the_scores_leave_a_codec_and_a_note(tmp_path: Path
     folder, report = ran(tmp_path, replace(SMALL, data=f"folder:{tmp_path / 'pictures'}", arms=("ae",)))
     assert "infom_ae" not in report["metrics"]
     assert any("10 neighbours need more samples" in note for note in report["notes"])
-    assert qlae.load(folder)[1].size == 16
+    assert isthmus.load(folder).inputs.size == (16, 16)
 
 
 def test_any_timm_encoder_and_the_published_kind_of_network(tmp_path: Path) -> None:
     config = replace(SMALL, size=32, data="discs:32", arms=("qlae", "vae"), measured=60)
-    for encoder in ("resnet10t", "vit_tiny_patch16_224"):
-        assert "infom_qlae" in ran(tmp_path / encoder, replace(config, encoder=encoder))[1]["metrics"]
+    timm = replace(config, encoder="vit_tiny_patch16_224", training=replace(BRIEF, steps=1, batch_size=4))
+    assert "infom_qlae" in ran(tmp_path / "a", timm)[1]["metrics"]
     small = replace(config, network="small", training=replace(BRIEF, steps=1, batch_size=4))
     assert "infom_qlae" in ran(tmp_path / "b", small)[1]["metrics"]
 
 
-def test_says_what_is_wrong(tmp_path: Path) -> None:
-    for number, (config, told) in enumerate(
-        (
-            (replace(SMALL, arms=()), "at least one of --arms"),
-            (replace(SMALL, arms=("gan",), encoder="resnet10t"), "leave --encoder out"),
-            (replace(SMALL, network="image", size=20), "give larger|no map grows"),
-            (replace(SMALL, values=0), "values must be 1 or more, got 0"),
-            (replace(SMALL, latents=-1), "latents must be 1 or more"),
-            (replace(SMALL, values=1), "arm fsq: .*at least two levels"),
-            (replace(SMALL, arms=("ae", "gan"), encoder="resnet10t"), "leave --encoder out"),
-            (replace(SMALL, encoder="resnet10"), "timm has no model"),
-            (replace(SMALL, measured=0), "measured must be 1 or more"),
-            (replace(SMALL, size=-4), "size must be 1 or more"),
-            (replace(SMALL, beta=-1.0), "beta must be 0 or more"),
-        )
+def test_says_what_is_wrong() -> None:
+    for config, expected in (
+        (replace(SMALL, arms=()), "at least one of --arms"),
+        (replace(SMALL, arms=("gan",), encoder="resnet10t"), "leave --encoder out"),
+        (replace(SMALL, network="image", size=20), "give larger|no map grows"),
+        (replace(SMALL, values=0), "--values must be 1 or more, got 0"),
+        (replace(SMALL, latents=-1), "--latents must be 1 or more"),
+        (replace(SMALL, values=1), "arm fsq: .*at least two levels"),
+        (replace(SMALL, arms=("ae", "gan"), encoder="resnet10t"), "leave --encoder out"),
+        (replace(SMALL, encoder="resnet10"), "timm has no model"),
+        (replace(SMALL, measured=0), "--measured must be 1 or more"),
+        (replace(SMALL, size=-4), "--size must be 1 or more"),
+        (replace(SMALL, beta=-1.0), "--beta must be 0 or more"),
     ):
-        with pytest.raises(UserError, match=told):
-            ran(tmp_path / str(number), config)
-        assert not list(tmp_path.glob(f"{number}/run/checkpoints/*")), "told before anything is trained"
-    with pytest.raises(UserError, match="run the recipe to its end"):
-        qlae.load(tmp_path)
+        with pytest.raises(UserError, match=expected):
+            qlae.check(config)

@@ -1,4 +1,4 @@
-"""Pictures of latents: what each one changes, and which cause it tells of."""
+"""Figures of latents: what each one changes, and which cause it tells of."""
 
 from __future__ import annotations
 
@@ -6,55 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from isthmus.codec import Codec
 from isthmus.metrics.infomec import InfoMEC
 
 
-@torch.no_grad()
-def traversal(codec: Codec, image: Tensor, spread: Tensor, steps: int = 6) -> Tensor:
-    """What the decoder makes of a picture when one latent at a time is changed, ``(L, V, 3, H, W)``.
-
-    Args:
-        codec: of vectors of latents.
-        image: ``(3, H, W)`` in [0, 1].
-        spread: ``(n, L)`` latents as the decoder gets them, whose ends a continuous latent is moved between.
-        steps: values of a continuous latent; a quantised one takes all of its table, repeated to the longest.
-    """
-    device = next(codec.parameters()).device
-    z = codec.encode(image[None].to(device)).features[-1].flatten(1)
-    low, high = spread.to(device).quantile(torch.tensor([0.02, 0.98], device=device), 0)
-    bottleneck: Any = codec.bottleneck
-    sizes = getattr(bottleneck, "sizes", None)
-    shown = []
-    for latent in range(z.shape[1]):
-        if sizes is None:
-            values = torch.linspace(float(low[latent]), float(high[latent]), steps, device=device)
-        else:
-            index = torch.zeros(sizes[latent], z.shape[1], dtype=torch.int64, device=device)
-            index[:, latent] = torch.arange(sizes[latent], device=device)
-            values = bottleneck.embed(index)[0][:, latent]
-            values = values[torch.arange(max(sizes), device=device).clamp_max(sizes[latent] - 1)].sort().values
-        changed = z.repeat(len(values), 1)
-        changed[:, latent] = values
-        assert codec.decoder is not None
-        shown.append(codec.decoder([changed]).sigmoid())
-    return torch.stack(shown).cpu()
-
-
-@torch.no_grad()
-def latents_of(codec: Codec, images: Tensor) -> Tensor:
-    """Latents ``(n, L)`` as the decoder gets them."""
-    device = next(codec.parameters()).device
-    return torch.cat([codec.encode(part.to(device)).features[-1].flatten(1) for part in images.split(256)])
-
-
-def draw_traversal(image: Tensor, changed: Tensor, told: Sequence[str]) -> Figure:
+def draw_traversal(image: Tensor, changed: Tensor, labels: Sequence[str]) -> Figure:
     """A row a latent, a column a value; left of every row the picture that it starts from, and what it tells of."""
     rows, columns = changed.shape[:2]
     figure = Figure(figsize=(0.75 * (columns + 1) + 1.2, 0.78 * rows), layout="constrained")
@@ -67,7 +27,7 @@ def draw_traversal(image: Tensor, changed: Tensor, told: Sequence[str]) -> Figur
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
-        axes[row, 0].set_ylabel(told[row], rotation=0, ha="right", va="center", fontsize=8)
+        axes[row, 0].set_ylabel(labels[row], rotation=0, ha="right", va="center", fontsize=8)
     return figure
 
 
@@ -92,7 +52,7 @@ def draw_information(found: Mapping[str, InfoMEC], names: Sequence[str]) -> Figu
     return figure
 
 
-def told_by(scores: InfoMEC | None, names: Sequence[str], latents: int) -> list[str]:
+def most_informative(scores: InfoMEC | None, names: Sequence[str], latents: int) -> list[str]:
     """For every latent, the cause that it tells most of, with the share; a dash for an inactive one."""
     if scores is None:
         return [f"latent {i}" for i in range(latents)]
