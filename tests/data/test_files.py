@@ -1,6 +1,7 @@
 """A folder of pictures as people have it, with damaged ones, odd modes and splits of its own."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from PIL import Image
 from isthmus import data
 from isthmus.codec import UserError
 from isthmus.data.dataset import Unreadable
-from isthmus.data.readers.decoding import as_image, as_mask, decode_image, decode_mask
+from isthmus.data.readers.decoding import as_image, decode_image
+from isthmus.data.readers.headers import header
+from isthmus.data.readers.masks import Palette, as_mask, decode_mask
 
 
 def picture(size=(40, 30), seed=0, mode="RGB"):
@@ -237,3 +240,111 @@ def test_images_given_as_arrays():
         as_image(np.zeros(7))
     with pytest.raises(Unreadable, match="empty"):
         as_image(None)
+
+
+def test_a_picture_of_numbers_has_one_range() -> None:
+    red = np.zeros((2, 2, 3), dtype=np.float32) + (200, 100, 1)
+    assert as_image(red)[:, 0, 0].tolist() == [200, 100, 1]
+    assert as_image(red / 255)[:, 0, 0].tolist() == [200, 100, 1]
+    assert as_image(red.astype(np.int64))[:, 0, 0].tolist() == [200, 100, 1]
+    assert as_image(red.astype(np.uint16) * 257)[:, 0, 0].tolist() == [200, 100, 1]
+    deep = np.zeros((2, 2, 3), dtype=np.int32) + (65535, 257, 0)
+    assert as_image(deep)[:, 0, 0].tolist() == [255, 1, 0]
+    assert as_image(np.zeros((2, 3), dtype=np.int8) + 100).unique().tolist() == [100]
+    assert as_image(np.eye(4, dtype=bool)).unique().tolist() == [0, 255]
+    assert as_image(np.stack([np.eye(4, dtype=bool)] * 3)).unique().tolist() == [0, 255]
+    clear = np.zeros((1, 1, 4), dtype=np.float64) + (1, 0, 0, 0)
+    assert as_image(clear)[:, 0, 0].tolist() == [255, 255, 255]
+    for wrong in (np.full((2, 2), np.nan), np.full((2, 2), "a"), np.full((2, 2), 1j), red - 300):
+        with pytest.raises(Unreadable, match="pixels"):
+            as_image(wrong)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("own", [True, False], ids=["both are tagged", "the picture is tagged"])
+def test_masks_and_boxes_are_turned_as_their_picture_is(turn, kind, own):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pixels = np.zeros((5, 9), dtype=np.uint8)
+    pixels[1:3, 2:8] = 7
+    picture = encoded(Image.fromarray(pixels * 30), kind, exif=exif)
+    shown = decode_image(picture)[0] // 30
+    known = header(picture)
+    mask = encoded(Image.fromarray(pixels), kind, **({"exif": exif} if own else {}))
+    assert torch.equal(decode_mask(mask, known), shown.long())
+    left, top, right, bottom = known.turned(torch.tensor([[2.0, 1.0, 8.0, 3.0]]))[0].long().tolist()
+    assert (shown[top:bottom, left:right] == 7).all()
+    assert (shown == 7).sum() == (bottom - top) * (right - left)
+
+
+def test_a_mask_that_was_drawn_on_the_turned_picture_stays():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    known = header(encoded(picture((9, 5)), exif=exif))
+    drawn = np.arange(45, dtype=np.uint8).reshape(9, 5)
+    assert decode_mask(encoded(Image.fromarray(drawn)), known).tolist() == drawn.tolist()
+
+
+def test_masks_of_other_modes_are_class_numbers():
+    numbers = np.array([[0, 3], [2, 1]], dtype=np.uint8)
+    clear = np.stack([numbers, np.array([[255, 0], [9, 255]], dtype=np.uint8)], -1)
+    expected = numbers.tolist()
+    assert decode_mask(encoded(Image.fromarray(clear, mode="LA"))).tolist() == expected
+    assert decode_mask(encoded(Image.fromarray(np.stack([numbers] * 3 + [clear[..., 1]], -1)))).tolist() == expected
+    assert decode_mask(encoded(Image.fromarray(numbers > 1))).tolist() == [[0, 1], [1, 0]]
+    assert decode_mask(encoded(Image.fromarray(numbers.astype(np.float32)), "TIFF")).tolist() == expected
+    assert as_mask(numbers > 1).tolist() == [[0, 1], [1, 0]]
+    assert as_mask(numbers[None].astype(np.float64)).tolist() == expected
+    with pytest.raises(Unreadable, match="real numbers"):
+        as_mask(numbers / 2)
+    with pytest.raises(Unreadable, match="holds 1000000000; class numbers are below 65536"):
+        as_mask(numbers.astype(np.int64) * 10**9 // 3)
+
+
+def test_a_palette_says_what_colours_stand_for():
+    palette = Palette([(0, 0, 0), (128, 0, 0), (0, 128, 64)])
+    colours = np.array([[(0, 128, 64), (0, 0, 0)], [(128, 0, 0), (128, 0, 0)]], dtype=np.uint8)
+    assert decode_mask(encoded(Image.fromarray(colours)), palette=palette).tolist() == [[2, 0], [1, 1]]
+    with pytest.raises(Unreadable, match="the colour 1 2 3, which stands for no class"):
+        decode_mask(encoded(Image.new("RGB", (2, 2), (1, 2, 3))), palette=palette)
+
+
+def _claiming(kind: str, width: int, height: int) -> bytes:
+    """A small file whose header says that its picture is large."""
+    small, wide, high = encoded(picture((16, 16)), kind), width.to_bytes(2), height.to_bytes(2)
+    if kind == "JPEG":
+        start = small.index(b"\xff\xc0") + 5
+        return small[:start] + high + wide + small[start + 4 :]
+    if kind == "PNG":
+        import zlib
+
+        head = b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + small[24:29]
+        return small[:12] + head + zlib.crc32(head).to_bytes(4) + small[33:]
+    if kind == "BMP":
+        return small[:18] + width.to_bytes(4, "little") + height.to_bytes(4, "little") + small[26:]
+    if kind == "GIF":
+        return small[:6] + width.to_bytes(2, "little") + height.to_bytes(2, "little") + small[10:]
+    return b"P6 %d %d 255\n" % (width, height)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "PPM"])
+@pytest.mark.parametrize("decode", [decode_image, decode_mask])
+def test_every_format_has_one_limit_which_holds_before_decoding(kind, decode, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as others set it in the same process
+    with pytest.raises(Unreadable, match="is too large"):
+        decode(_claiming(kind, 20_000, 20_000))
+
+
+def test_only_regular_files_are_read(tmp_path):
+    fill(tmp_path, ["a.png", "c.png"])
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "d.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "e.png").symlink_to("/dev/zero")
+    dataset = data.load(f"folder:{tmp_path}", "all")
+    assert dataset.fetch(range(5))["index"].tolist() == [0, 2, 2, 0, 0]
+    assert dict(dataset.skipped) == {
+        "b.png": "is no regular file",
+        "d.png": "cannot be opened (No such file or directory)",
+        "e.png": "is no regular file",
+    }

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from isthmus.codec import UserError
 from isthmus.data.dataset import Unreadable
-from isthmus.data.readers.decoding import as_image, as_mask
+from isthmus.data.readers.decoding import as_image, file_in
+from isthmus.data.readers.headers import Header, header, read_file
+from isthmus.data.readers.masks import Palette, as_mask
 
 _ALIASES = {
     "image": ("image", "img", "images", "picture", "photo", "pixel_values", "jpg", "jpeg", "png", "webp", "image.jpg"),
@@ -49,6 +51,7 @@ class Columns:
         renames: our column → the table's, where a person said so; ``objects.bbox`` reaches into a structure.
         boxes_format: what the four numbers of a box are: ``xyxy``, ``xywh`` or ``cxcywh``, in pixels.
         folder: where relative image paths start.
+        palette: what the colours of masks stand for.
 
     Attributes:
         source: our column → the table's column, in the table's order of columns.
@@ -65,10 +68,11 @@ class Columns:
         renames: Mapping[str, str],
         boxes_format: str = "xyxy",
         folder: Path | None = None,
+        palette: Palette | None = None,
     ) -> None:
         if boxes_format not in _FORMATS:
             raise UserError(f"{name}: boxes_format must be {', '.join(_FORMATS)}, got {boxes_format!r}.")
-        self.features, self.folder, self.boxes_format = features, folder, boxes_format
+        self.features, self.folder, self.boxes_format, self.palette = features, folder, boxes_format, palette
         self.source = _resolve(name, features, renames)
         self.names: dict[str, list[str]] = {}
         for column, path in self.source.items():
@@ -102,11 +106,12 @@ class Columns:
             Unreadable: a cell is empty, damaged or of the wrong form.
         """
         sample = {}
+        picture = self._picture(row) if {"mask", "boxes"} & set(columns) else None
         for column in columns:
             value = None
             try:
                 value = self._cell(row, column)
-                sample[column] = self._convert(column, value)
+                sample[column] = self._convert(column, value, picture)
             except Unreadable as error:
                 raise Unreadable(f"{column}: {error}") from error
             except (TypeError, ValueError, KeyError) as error:
@@ -115,8 +120,18 @@ class Columns:
         return sample
 
     def top(self, columns: Iterable[str]) -> list[str]:
-        """The table's own columns that ``columns`` are read from."""
-        return list(dict.fromkeys(self._steps(column)[0] for column in columns))
+        """The table's own columns that ``columns`` are read from; masks and boxes are turned as their pictures are."""
+        turned = ("image",) if {"mask", "boxes"} & set(columns) and "image" in self.source else ()
+        return list(dict.fromkeys(self._steps(column)[0] for column in (*columns, *turned)))
+
+    def _picture(self, row: Mapping[str, Any]) -> Header | None:
+        """Size and orientation of the encoded picture of a row, where it has one that can be read."""
+        try:
+            value = file_in(_located(self._cell(row, "image"), self.folder)) if "image" in self.source else None
+            data = read_file(value) if isinstance(value, Path) else value
+            return header(data) if isinstance(data, bytes) else None
+        except Unreadable:
+            return None
 
     def _cell(self, row: Mapping[str, Any], column: str) -> Any:
         value: Any = row
@@ -128,13 +143,15 @@ class Columns:
         path = self.source[column]
         return [path] if path in self.features else path.split(".")
 
-    def _convert(self, column: str, value: Any) -> Any:
+    def _convert(self, column: str, value: Any, picture: Header | None) -> Any:
         if column in ("image", "mask"):
             value = _located(value, self.folder)
-            return as_image(value) if column == "image" else as_mask(value)
+            return as_image(value) if column == "image" else as_mask(value, picture, self.palette)
         if column == "boxes":
-            boxes = torch.as_tensor(np.asarray(value, dtype=np.float32).reshape(-1, 4))
-            return _FORMATS[self.boxes_format](boxes)
+            boxes = _FORMATS[self.boxes_format](torch.as_tensor(np.asarray(value, dtype=np.float32).reshape(-1, 4)))
+            if not boxes.isfinite().all():
+                raise Unreadable("a box is not finite")
+            return picture.turned(boxes) if picture else boxes
         if column == "labels":
             return torch.tensor([self._number(column, each) for each in value], dtype=torch.int64)
         if column in ("label", "subject"):

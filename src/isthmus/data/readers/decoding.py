@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from isthmus.data.dataset import Unreadable
+from isthmus.data.readers.headers import check_size, decoded, orientation, plain_jpeg, read_file, turn
 
 #: File name endings that count as images.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif")
-
-_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp"),
+    *(".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
+)
 
 
 def decode_image(source: bytes | Path) -> Tensor:
@@ -27,38 +28,14 @@ def decode_image(source: bytes | Path) -> Tensor:
     white; CMYK and palettes are converted; of an animation the first frame is taken.
 
     Raises:
-        Unreadable: no image, a truncated one, or one without a meaning as colours.
+        Unreadable: no regular file, no image, a truncated or too large one, or one without a meaning as colours.
     """
-    try:
-        data = source.read_bytes() if isinstance(source, Path) else source
-    except OSError as error:
-        raise Unreadable(f"cannot be opened ({error.strerror or error})") from error
+    data = read_file(source) if isinstance(source, Path) else source
     quick = _decode_plain_jpeg(data)
     if quick is not None:
         return quick
-    with _opened(data) as image:
+    with decoded(data) as image:
         return to_tensor(_rgb(image))
-
-
-def decode_mask(source: bytes | Path) -> Tensor:
-    """An encoded mask → int64 ``(H, W)``; pixel values, or palette positions, are the class numbers.
-
-    Raises:
-        Unreadable: no image, a truncated one, or colours instead of class numbers.
-    """
-    try:
-        data = source.read_bytes() if isinstance(source, Path) else source
-    except OSError as error:
-        raise Unreadable(f"cannot be opened ({error.strerror or error})") from error
-    with _opened(data) as image:
-        pixels = np.asarray(image)
-    if pixels.ndim == 3:
-        if (pixels[..., 1:3] != pixels[..., :1]).any():
-            raise Unreadable("the mask holds colours; it must hold one class number a pixel (grey or palette)")
-        pixels = pixels[..., 0]
-    if not np.issubdtype(pixels.dtype, np.integer) and pixels.dtype != np.bool_:
-        raise Unreadable("the mask holds real numbers; it must hold one class number a pixel")
-    return torch.from_numpy(pixels.astype(np.int64))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -68,35 +45,25 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def as_image(value: Any) -> Tensor:
     """Whatever a table's cell holds for an image (bytes, path, ``{"bytes", "path"}``, array, PIL) → ``(3, H, W)``."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
-    if isinstance(value, (bytes, bytearray)):
-        return decode_image(bytes(value))
-    if isinstance(value, (str, Path)):
-        return decode_image(Path(value))
+    value = file_in(value)
+    if isinstance(value, (bytes, Path)):
+        return decode_image(value)
     if isinstance(value, Image.Image):
         return to_tensor(_rgb(value))
-    if value is None:
-        raise Unreadable("the cell is empty")
     return _from_array(np.asarray(value))
 
 
-def as_mask(value: Any) -> Tensor:
-    """Whatever a table's cell holds for a mask → int64 ``(H, W)``."""
+def file_in(value: Any) -> Any:
+    """The bytes or the path that a table's cell holds for a file; what it holds else comes back as it is.
+
+    Raises:
+        Unreadable: the cell is empty.
+    """
     if isinstance(value, dict):
-        value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
-    if isinstance(value, (bytes, bytearray)):
-        return decode_mask(bytes(value))
-    if isinstance(value, (str, Path)):
-        return decode_mask(Path(value))
-    if value is None:
+        value = value.get("bytes") or value.get("path")
+    if value is None or (isinstance(value, str) and not value):
         raise Unreadable("the cell is empty")
-    array = np.asarray(value)
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        raise Unreadable(
-            f"the mask is an array of shape {array.shape} and type {array.dtype}; it must be (H, W) integers"
-        )
-    return torch.from_numpy(array.astype(np.int64))
+    return Path(value) if isinstance(value, str) else bytes(value) if isinstance(value, bytearray) else value
 
 
 def resize_exactly(picture: Image.Image, size: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
@@ -107,30 +74,16 @@ def resize_exactly(picture: Image.Image, size: int, box: tuple[int, int, int, in
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _opened(data: bytes) -> Image.Image:
-    """Open and decode completely, so that a truncated file is found out here."""
-    if not data:
-        raise Unreadable("the file is empty")
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except UnidentifiedImageError as error:
-        raise Unreadable("is no image that Pillow knows") from error
-    except Image.DecompressionBombError as error:
-        raise Unreadable(f"is too large ({error})") from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, … on damaged files
-        raise Unreadable(f"does not decode ({error})") from error
-    return image
-
-
 def _decode_plain_jpeg(data: bytes) -> Tensor | None:
     """The three-times-faster decoder for JPEGs that ask for no special care; ``None`` for all others.
 
     Complete baseline grey or RGB files without EXIF only: what is left gives the very pixels that Pillow gives, and a
     file that is damaged goes to Pillow, which notices.
     """
-    if not data.startswith(_JPEG_START) or not data.endswith(_JPEG_END) or b"Exif\0" in data[:65536]:
+    size = plain_jpeg(data)
+    if size is None:
         return None
+    check_size(*size)
     from torchvision.io import ImageReadMode, decode_jpeg
 
     try:
@@ -144,10 +97,9 @@ def _decode_plain_jpeg(data: bytes) -> Tensor | None:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
-        image = ImageOps.exif_transpose(image)
+    image = turn(image, orientation(image))
     if image.mode.startswith(("I", "F")):
-        return _from_deep(np.asarray(image))
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -160,19 +112,26 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise Unreadable(f"its colour mode {image.mode} has no conversion to RGB") from error
 
 
-def _from_deep(pixels: np.ndarray) -> Image.Image:
-    """Grey of 16 or 32 bits or floating point → RGB: 16-bit values are divided by 257, floats in [0, 1] times 255."""
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Numbers of any kind → uint8, by one guess for the whole picture.
+
+    Truth values become 0 and 255, floats up to 1 are multiplied by 255, 16-bit numbers divided by 257. Other floats,
+    and integers of 8, 32 and 64 bits up to 255, are what they are.
+    """
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint8) * 255
     if np.issubdtype(pixels.dtype, np.floating):
+        pixels = pixels.astype(np.float64)
         if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
             raise Unreadable("its floating-point pixels lie outside [0, 1] and [0, 255]")
-        grey = np.rint(pixels * 255) if pixels.max() <= 1 else np.rint(pixels)
-    else:
-        wide = pixels.astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise Unreadable("its pixels lie outside the 16-bit range")
-        eight_bit = pixels.dtype.itemsize >= 4 and wide.max() <= 255
-        grey = wide if eight_bit else (wide * 255 + 32767) // 65535
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return np.rint(pixels * 255 if pixels.max() <= 1 else pixels).astype(np.uint8)
+    if not np.issubdtype(pixels.dtype, np.integer):
+        raise Unreadable(f"its pixels are of type {pixels.dtype}; they must be numbers")
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise Unreadable("its pixels lie outside the 16-bit range")
+    if pixels.dtype.itemsize != 2 and pixels.max() <= 255:
+        return pixels.astype(np.uint8)
+    return ((pixels.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray) -> Tensor:
@@ -183,8 +142,4 @@ def _from_array(array: np.ndarray) -> Tensor:
         array = array[..., 0]
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise Unreadable(f"an array of shape {array.shape} is no image; it must be (H, W), (H, W, C) or (C, H, W)")
-    if array.dtype != np.uint8:
-        if array.ndim == 2:
-            return to_tensor(_from_deep(array))
-        return torch.cat([_from_array(array[..., c])[:1] for c in range(3)])
-    return to_tensor(_rgb(Image.fromarray(array)))
+    return to_tensor(_rgb(Image.fromarray(np.ascontiguousarray(_eight_bits(array)))))
