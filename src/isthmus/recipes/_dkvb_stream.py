@@ -19,7 +19,7 @@ from isthmus.data.transforms import Transform
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.objectives.classification import Classification
-from isthmus.recipes import _image_classification as shared
+from isthmus.report import figures
 
 BATCH = 256  # pictures a batch where nothing is trained
 _KEPT = 2**32  # bytes of embeddings that are computed once and kept
@@ -172,20 +172,14 @@ class Passes:
 
 def over_the_stream(histories: Mapping[str, Tensor], ceilings: Mapping[str, float]) -> Figure:
     """Accuracy on all classes after every task, a line a learner; ceilings as dotted lines."""
-    figure = shared.curves(
-        {
-            name.replace(" ", "\N{NO-BREAK SPACE}"): [(float(i + 1), v) for i, v in enumerate(averages(history))]
-            for name, history in histories.items()
-        },
-        "tasks seen",
-        "accuracy on all classes",
-    )
+    curves = {
+        name.replace(" ", "\N{NO-BREAK SPACE}"): [(float(i + 1), v) for i, v in enumerate(averages(history))]
+        for name, history in histories.items()
+    }
+    figure = figures.lines(curves, "tasks seen", "accuracy on all classes", across=ceilings)
     axis = figure.axes[0]
-    for style, (name, value) in zip(("--", ":", "-."), ceilings.items(), strict=False):
-        axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=name)
     axis.set_xticks(range(1, len(next(iter(histories.values()))) + 1))
     axis.set_ylim(0, 1.02)
-    axis.legend(frameon=False, fontsize=8)
     return figure
 
 

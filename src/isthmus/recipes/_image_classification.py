@@ -134,32 +134,14 @@ def accuracy(table: Tensor) -> float:
 
 def curves(values: Mapping[str, Sequence[tuple[float, float]]], across: str, along: str, log: bool = False) -> Figure:
     """Lines through ``(x, y)`` points, named; those that begin alike up to a space share a colour."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    colours: dict[str, str] = {}
-    for name, points in values.items():
-        colour = colours.setdefault(name.split(" ")[0], f"C{len(colours)}")
-        behind = sum(line.get_color() == colour for line in axis.get_lines())
-        x, y = zip(*points, strict=True)
-        style = ("-", "--", ":", "-.")[behind % 4]
-        axis.plot(x, y, label=name, color=colour, linestyle=style, marker="." if len(points) < 8 else "")
-    axis.set_xlabel(across)
-    axis.set_ylabel(along)
-    if log:
-        axis.set_xscale("log")
-        places = sorted({x for points in values.values() for x, _ in points})
-        axis.set_xticks(places, [f"{place:g}" for place in places])
-        axis.minorticks_off()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    return figure
+    return figures.lines(values, across, along, log_x=log)
 
 
 def look(run: Run, network: nn.Module, classes: Sequence[str], dataset: Dataset, transform: Transform) -> None:
     """The confusion matrix, where it can be read, and held-out pictures with what the network says."""
     table = confusion(run, network, len(classes), dataset, transform)
     if len(classes) <= 16:
-        run.figure("confusion", figures.confusion(table, classes), "How often each class is taken for which.")
+        run.figure("confusion", figures.confusion_matrix(table, classes), "How often each class is taken for which.")
     chosen = dataset.select(np.arange(min(16, len(dataset))) * len(dataset) // 16)
     batch = next(evaluation_batches(chosen, len(chosen), transform=transform))
     with torch.no_grad():

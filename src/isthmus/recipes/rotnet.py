@@ -473,4 +473,4 @@ def _draw(
     filters = figures.first_filters({"untrained": untrained, "trained on rotations": objective.encoder})
     if filters is not None:
         run.figure("filters", filters, "Filters of the first convolution, before and after.")
-    run.figure("confusion", figures.confusion(confusion, names), "How often each rotation is taken for which.")
+    run.figure("confusion", figures.confusion_matrix(confusion, names), "How often each rotation is taken for which.")

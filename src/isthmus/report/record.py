@@ -22,7 +22,6 @@ Further keys may be added within version 1; none is taken away or changes its me
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import time
@@ -34,6 +33,7 @@ from typing import Any
 from isthmus.catalog import Claim
 from isthmus.report.environment import code, environment
 from isthmus.report.judge import finite, judge
+from isthmus.report.png import png
 
 FILE = "report.json"
 FORMAT, VERSION = "isthmus-report", 1
@@ -119,7 +119,7 @@ class Record:
         """
         path = self.folder / "figures" / f"{_file_name(name)}.png"
         if self._write:
-            _write(path, _png(figure))
+            _write(path, png(figure))
         entry = {"name": name, "file": path.relative_to(self.folder).as_posix(), "caption": caption}
         _replace(self.data["figures"], entry)
         self.save()
@@ -209,31 +209,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if finite(value) is not None else str(value)
     return value if value is None or isinstance(value, (bool, int, str)) else repr(value)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    if hasattr(figure, "savefig"):
-        figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", facecolor="white")
-    elif hasattr(figure, "save"):
-        figure.save(buffer, format="PNG")
-    else:
-        _image(figure).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _image(tensor: Any) -> Any:
-    import torch
-    from PIL import Image
-
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (2, 3):
-        given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"a figure is a matplotlib figure, a PIL image or a tensor (3, H, W), not {given}.")
-    tensor = tensor.detach().cpu()
-    if tensor.dtype.is_floating_point:
-        tensor = tensor.float().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
-    tensor = tensor.expand(3, *tensor.shape[-2:])
-    return Image.fromarray(tensor.permute(1, 2, 0).contiguous().numpy())
 
 
 def _file_name(name: str) -> str:

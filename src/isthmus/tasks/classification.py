@@ -202,7 +202,7 @@ class ClassificationTask:
         if self.num_classes <= 16:
             table = self.confusion_matrix(model)
             self.run.figure(
-                "confusion", figures.confusion(table, self.classes), "How often each class is taken for which."
+                "confusion", figures.confusion_matrix(table, self.classes), "How often each class is taken for which."
             )
         chosen = _spread(self.held_out, 16)
         batch = next(evaluation_batches(chosen, len(chosen), transform=self.measured))
