@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isthmus.codec import UserError
 from isthmus.samplers import LogitModel
-from isthmus.samplers.cache import held, select, truncate
+from isthmus.samplers.cache import can_select, held, prepare, select, truncate
 from isthmus.samplers.logits import guide
 
 
@@ -65,6 +66,7 @@ class Feed:
         self.mask = None if bool(seen.all()) else seen
         self.counts = seen.sum(1)
         self.added = 0
+        self._prepared = False
 
     def first(self) -> Tensor:
         """Feed the prompt; logits ``(B, 1, V)`` of the first token after it."""
@@ -72,10 +74,24 @@ class Feed:
         logits, self.cache = self.model(self._prompt, None, positions, self.mask)
         return self._guided(logits[:, -1:])
 
+    @property
+    def rows_part(self) -> bool:
+        """Whether rows of a batch may keep different numbers of tokens; asked after :meth:`first`."""
+        return getattr(self.model, "takes_positions", True) and can_select(self.cache)
+
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Feed ids ``(B, L)``; logits ``(B, L, V)`` of the tokens after each. Say with :meth:`keep` which may stay."""
+        """Feed ids ``(B, L)``; logits ``(B, L, V)`` of the tokens after each. Say with :meth:`keep` which may stay.
+
+        Raises:
+            UserError: several tokens, and the model's cache cannot be cut to those that stay.
+        """
         if self.added:
             raise RuntimeError("say with keep() how many of the last inputs stay before more are fed.")
+        if inputs.shape[1] > 1 and not self._prepared:
+            reason = getattr(self.model, "one_by_one", None)
+            if reason is not None:
+                raise UserError(f"this model takes one token a pass (window=1) only: {reason}.")
+            self.cache, self._prepared = prepare(self.cache), True
         inputs = inputs.repeat(self.copies, 1)
         positions = self.counts[:, None] + torch.arange(inputs.shape[1], device=inputs.device)
         if self.mask is not None:
@@ -88,13 +104,14 @@ class Feed:
         """Keep the first ``kept`` ``(B,)`` of the inputs fed last; the others are as if they had never been there."""
         kept = kept.repeat(self.copies)
         least, most = int(kept.min()), int(kept.max())
-        total = held(self.cache) - self.added + most
         self.counts = self.counts + kept
-        if least == most:
-            self.cache = truncate(self.cache, total)
-            self.mask = None if self.mask is None else self.mask[:, :total]
-        else:
-            self._align(total, most - kept)
+        if least < self.added or self._prepared:
+            total = held(self.cache) - self.added + most
+            if least < most:
+                self._align(total, most - kept)
+            else:
+                self.cache = truncate(self.cache, total)
+                self.mask = None if self.mask is None else self.mask[:, :total]
         self.added = 0
 
     def _align(self, total: int, shift: Tensor) -> None:

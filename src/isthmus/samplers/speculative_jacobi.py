@@ -53,7 +53,8 @@ class SpeculativeJacobi:
     start: Start = "random"
     """First guesses: uniform among image tokens, or from the neighbour to the left or above."""
     advance: Literal["own", "together"] = "own"
-    """In a batch every row goes on by its own number of tokens, or all by the smallest (as released)."""
+    """In a batch every row goes on by its own number of tokens, or all by the smallest (as released); so they do where
+    the model's cache has no room for rows that part, as with sliding windows."""
     after: int = 0
     """Tokens drawn one a pass before windows begin."""
     until: int | None = None
@@ -101,6 +102,7 @@ class SpeculativeJacobi:
         begin = prompt.shape[1]
         before, advances = state.known, []
         state.begin(logits)
+        state.together = self.advance == "together" or not feed.rows_part
         done = torch.zeros_like(before, dtype=torch.bool)
         while True:
             if stop is not None:
@@ -162,7 +164,7 @@ class _State:
         self.best = torch.zeros_like(self.sequence) if settings.start.startswith("sample") else None
         self.known = torch.full_like(prompt[:, 0], self.prompt)
         self.running = torch.ones_like(self.known, dtype=torch.bool)
-        self.width = 1
+        self.width, self.together = 1, False
         self.pending = torch.zeros_like(self.known)
         self.rows: Tensor | None = None
         self.ids: Tensor | None = None
@@ -195,7 +197,7 @@ class _State:
             self.sequence.masked_fill_(ended[:, None] & (place >= self.known[:, None]), self.pad)
 
     def judge(self, logits: Tensor) -> Tensor:
-        """Accept what stays, add the token after it and draw new guesses; returns ``(B,)`` how many tokens came."""
+        """Accept what stays, add the token after it and draw new guesses; returns ``(B,)`` how many inputs stay."""
         width, settings, running = self.width, self.settings, self.running
         place = self._places(width)
         scores = self._scores(logits, place)
@@ -214,7 +216,7 @@ class _State:
             following, later = new.gather(1, count[:, None])[:, 0], new[:, 1:]
 
         added = torch.minimum(count + 1, self.end - self.known)
-        if settings.advance == "together":
+        if self.together:
             added = added.masked_fill(~running, width).amin().expand_as(added)
         added = added * running
         tokens = settled(guesses, count, following, later, added)
@@ -229,7 +231,7 @@ class _State:
             self.rows[:, : width - 1] = probabilities[each, index]
         self.known = self.known + added
         self.pending = torch.where(running, width - added, 0)
-        return added
+        return torch.where(running, added, added.amax())  # rows that have ended go along with the others
 
     def _scores(self, logits: Tensor, place: Tensor) -> Tensor:
         return finite(self.scores(finite(logits), place - self.prompt, self.sequence))

@@ -176,6 +176,8 @@ def _normalised(model: LogitModel) -> LogitModel:
         logits, cache = model(inputs, cache, positions, mask)
         return logits.float().log_softmax(-1), cache
 
+    call.takes_positions = getattr(model, "takes_positions", True)  # pyright: ignore[reportFunctionMemberAccess]
+    call.one_by_one = getattr(model, "one_by_one", None)  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 

@@ -17,7 +17,16 @@ from typing import Any
 
 from torch import Tensor
 
+from isthmus.codec import UserError
 from isthmus.samplers.feed import Guidance
+
+_ONE_BY_ONE = {
+    "moshi": "its attention has a window of keys but no mask for it, so that several tokens see other keys than one",
+}
+"""Model types whose forward over several tokens differs from one token at a time, and why."""
+_WHOLE = {"cpmant": "it wants all ids in every pass"}
+_ROWS_TOGETHER = {"git"}
+"""Types that widen the mask of a cache themselves, so that rows of a batch cannot be shifted against each other."""
 
 
 class CausalModel:
@@ -28,12 +37,19 @@ class CausalModel:
         first: more arguments for the first call only, such as ``pixel_values`` of pictures in the prompt.
 
     Raises:
-        ValueError: the model has no cache of keys and values.
+        UserError: the model has no cache of keys and values.
+
+    Attributes:
+        takes_positions: whether rows of a batch may stand at different places.
+        one_by_one: why the model cannot take several tokens after its cache, or nothing.
     """
 
     def __init__(self, model: Any, **first: Any) -> None:
         self.model, self.first = model, first
         self.forward = _Remembering(model)
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        self.takes_positions = self.forward.places and kind not in _ROWS_TOGETHER
+        self.one_by_one = _ONE_BY_ONE.get(kind)
 
     def __call__(self, inputs: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Any]:
         """Ids ``(B, L)`` or vectors ``(B, L, D)`` to logits ``(B, L, V)`` and the cache."""
@@ -90,8 +106,11 @@ class _Remembering:
     def __init__(self, module: Any) -> None:
         names = inspect.signature(module.forward).parameters
         memory = [name for name in ("cache", "past_key_values") if name in names]
+        kind = getattr(getattr(module, "config", None), "model_type", "")
+        if kind in _WHOLE:
+            raise UserError(f"{type(module).__name__} is no model to feed: {_WHOLE[kind]}; use its own generate().")
         if not memory:
-            raise ValueError(f"{type(module).__name__} remembers no keys and values; wrap it in WholeSequence instead.")
+            raise UserError(f"{type(module).__name__} remembers no keys and values; wrap it in WholeSequence instead.")
         self.module: Callable[..., Any] = module
         self.memory = memory[0]
         self.places = "position_ids" in names
@@ -103,4 +122,6 @@ class _Remembering:
         if self.places:
             given["position_ids"] = positions
         out = self.module(**given, attention_mask=None if mask is None else mask.long(), use_cache=True)
+        if getattr(out, self.memory, None) is None:
+            raise UserError(f"{type(self.module).__name__} returned no cache; wrap it in WholeSequence instead.")
         return out, getattr(out, self.memory)
