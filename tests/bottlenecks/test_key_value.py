@@ -429,9 +429,35 @@ def test_files_of_the_published_package_load() -> None:
     x = _draw(7, 3, 20)
     indices = vq(x)[1]
     assert torch.equal(made.lookup(x).indices[..., 0], indices.permute(0, 2, 1))
-    projected = VectorQuantize(dim=20, codebook_dim=8, codebook_size=16, **heads)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="projection of its own"):
-        from_official({f"vq.{name}": tensor for name, tensor in projected.state_dict().items()})
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_heads_with_a_projection_of_their_own_load(random: bool) -> None:
+    """The package's default with several heads: every head is as wide as all of the embedding."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    torch.manual_seed(0)
+    vq = VectorQuantize(dim=20, codebook_size=16, heads=5, separate_codebook_per_head=True).eval()
+    state = {f"vq.{name}": tensor for name, tensor in vq.state_dict().items()} | {"values": _draw(5, 16, 3)}
+    x = _draw(7, 3, 20)
+    queries = x
+    if random:
+        state["rand_proj"] = _draw(5, 20, 4)
+        queries = torch.einsum("bnd,cde->bnce", x, state["rand_proj"]).flatten(2)
+    made = from_official(state).eval()
+    assert torch.equal(made.lookup(x).indices[..., 0], vq(queries)[1].permute(0, 2, 1))
+    again = build(spec_of(made))
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again.eval()([x]).features[0], made([x]).features[0])
+
+
+def test_a_normalised_projection_is_refused() -> None:
+    from vector_quantize_pytorch import VectorQuantize
+
+    vq = VectorQuantize(dim=20, codebook_dim=8, codebook_size=16, heads=5, layernorm_after_project_in=True)
+    state = {f"vq.{name}": tensor for name, tensor in vq.state_dict().items()} | {"values": _draw(5, 16, 3)}
+    with pytest.raises(ValueError, match="normalises behind its projection"):
+        from_official(state)
 
 
 def test_another_file_is_told() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -45,11 +47,38 @@ def test_published_names_levels_and_prefixes_load(tmp_path: Path) -> None:
         assert torch.equal(loaded(images), network(images)), "seven classes are read off the file"
 
 
+def test_what_training_scripts_of_timm_write_loads_and_is_said(tmp_path: Path) -> None:
+    """A moving average beside the weights, arguments, an optimiser; counters of batch norm that are not there."""
+    torch.manual_seed(0)
+    plain, averaged = (timm.create_model("resnet10t", num_classes=4).eval() for _ in range(2))
+    content = {
+        "state_dict": {f"module.{n}": t for n, t in plain.state_dict().items() if "num_batches" not in n},
+        "state_dict_ema": averaged.state_dict(),
+        "args": argparse.Namespace(lr=0.1),
+        "metric": np.float64(81.2),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []},
+    }
+    torch.save(content, tmp_path / "last.pth.tar")
+    images, told = torch.rand(1, 3, 64, 64), []
+    with torch.no_grad():
+        assert torch.equal(trained("resnet10t", tmp_path / "last.pth.tar", log=told.append)(images), plain(images))
+        assert torch.equal(trained("resnet10t", tmp_path / "last.pth.tar", ema=True)(images), averaged(images))
+    assert "took 'state_dict'" in told[0]
+    assert "left out state_dict_ema (a moving average), args, metric, optimizer" in told[0]
+
+
+def test_one_tensor_too_many_is_named(tmp_path: Path) -> None:
+    state = {**timm.create_model("resnet10t").state_dict(), "aux.bias": torch.zeros(2)}
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"does not fit resnet10t: it has aux.bias, which the model does not have\."):
+        trained("resnet10t", tmp_path / "c.pth")
+
+
 def test_says_what_does_not_fit(tmp_path: Path) -> None:
     save_file(timm.create_model("cifar_resnet20").state_dict(), tmp_path / "small.safetensors")
     with pytest.raises(UserError, match=r"does not fit cifar_resnet32: it lacks"):
         trained("cifar_resnet32", tmp_path / "small.safetensors")
-    with pytest.raises(UserError, match=r"head.classifier.weight of \(10, 64\), the model's is \(3, 64\)"):
+    with pytest.raises(UserError, match=r"head.classifier.weight is \(10, 64\), the model's is \(3, 64\)"):
         trained("cifar_resnet20", tmp_path / "small.safetensors", num_classes=3)
     with pytest.raises(UserError, match="there is no checkpoint"):
         trained("cifar_resnet20", tmp_path / "none.pth")

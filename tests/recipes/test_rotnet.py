@@ -310,7 +310,7 @@ def test_converts_alexnet_and_heads(tmp_path: Path) -> None:
 
 def test_refuses_what_is_no_checkpoint_of_rotnet(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(UserError, match="no PyTorch checkpoint"):
+    with pytest.raises(UserError, match="is no checkpoint"):
         rotnet.convert(tmp_path / "text", tmp_path / "out")
     torch.save({"network": 3}, tmp_path / "number")
     with pytest.raises(UserError, match="holds no network"):

@@ -84,9 +84,16 @@ def test_it_measures_what_the_claims_ask_for(finished: Path) -> None:
 def test_the_encoder_is_a_checkpoint_that_timm_loads(finished: Path) -> None:
     objective, size = spark.load_pretrained(finished)
     assert size == 64
-    loaded = timm.create_model("test_resnet", checkpoint_path=str(finished / "encoder.safetensors"))
-    for name, tensor in objective.encoder.model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+    line = next(
+        a["text"] for a in json.loads((finished / "report.json").read_text())["artifacts"] if a["name"] == "encoder"
+    )
+    trunk = {n: t for n, t in objective.encoder.model.state_dict().items() if not n.startswith("fc.")}
+    for classes in (10, 3, 0):
+        call = line.partition(": ")[2].replace("num_classes=10", f"num_classes={classes}")
+        loaded = eval(call, {"timm": timm})
+        assert loaded.num_classes == classes
+        assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in trunk.items())
+    timm.create_model("test_resnet", num_classes=0, checkpoint_path=str(finished / "encoder.safetensors"))
     timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(finished / "classifier.safetensors"))
 
 
@@ -249,7 +256,8 @@ def test_published_files_are_converted_both_ways(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], back[name]) for name in first if name != "imn_m")
 
     spark.convert(tmp_path / "backbone.pth", tmp_path / "encoder.safetensors", encoder="test_resnet")
-    loaded = timm.create_model("test_resnet", checkpoint_path=str(tmp_path / "encoder.safetensors")).state_dict()
+    path = str(tmp_path / "encoder.safetensors")
+    loaded = timm.create_model("test_resnet", checkpoint_path=path, num_classes=0).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in trunk.items())
 
 
@@ -268,10 +276,10 @@ def test_damaged_and_foreign_files_are_refused_and_nothing_is_written(tmp_path: 
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "foreign.pth")
     out = tmp_path / "out.safetensors"
     for name, sentence in {
-        "short.pth": "cut short or foreign",
-        "list.pth": "holds no state dict",
+        "short.pth": "cut short",
+        "list.pth": "holds no network",
         "foreign.pth": "no published SparK encoder",
-        "absent.pth": "there is no file",
+        "absent.pth": "there is no checkpoint",
     }.items():
         with pytest.raises(UserError, match=sentence):
             spark.convert(tmp_path / name, out)

@@ -375,24 +375,15 @@ def from_official(state: Mapping[str, Any], **arguments: Any) -> KeyValueBottlen
         "vq._codebook.embed": "bottleneck.keys",
         "values": "bottleneck.values",
         "rand_proj": "splitter.rand_proj",
+        **{n: f"bottleneck.{n}" for n in ("keys", "keys_avg", "cluster_size", "cluster_size_counter")},
     }
     flat = {renamed.get(name, name): tensor for name, tensor in flat.items()}
-    if "vq.project_in.weight" in flat:
-        raise ValueError("this file has a projection of its own in front of the heads; only heads that share it load.")
     if not {"bottleneck.keys", "bottleneck.values"} <= flat.keys():
         raise ValueError(f"no key-value bottleneck: keys and values are missing among {', '.join(sorted(flat)[:6])}.")
-    values = flat["bottleneck.values"]
-    keys = flat["bottleneck.keys"]
+    values, keys = (t if t.ndim == 3 else t[None] for t in (flat["bottleneck.values"], flat["bottleneck.keys"]))
     keys = keys.expand(len(values), *keys.shape[-2:])  # one codebook may serve all heads
     books, pairs, dim = keys.shape
-    if (projection := flat.get("splitter.rand_proj")) is not None:
-        splitter: nn.Module = RandomProjection(projection.shape[1], books, dim)
-        splitter.weight.copy_(projection)  # type: ignore[operator]
-    elif (weight := flat.get("splitter.proj.weight")) is not None:
-        splitter = LearnedProjection(weight.shape[1], books, dim)
-        splitter.proj.weight.data.copy_(weight)  # type: ignore[union-attr]
-    else:
-        splitter = Chunk(books * dim, books)
+    splitter = _splitter(flat, books, dim)
     made = KeyValueBottleneck(splitter, pairs, values.shape[-1], **arguments)
     made.place_keys(keys)
     made.keys.counts.copy_(flat.get("bottleneck.cluster_size", made.keys.counts))
@@ -401,3 +392,29 @@ def from_official(state: Mapping[str, Any], **arguments: Any) -> KeyValueBottlen
     with torch.no_grad():
         made.values.copy_(values)
     return made
+
+
+def _splitter(flat: Mapping[str, Tensor], books: int, dim: int) -> nn.Module:
+    """What the file puts in front of its keys; a projection behind a random one is one with it."""
+    random, learned = flat.get("splitter.rand_proj"), flat.get("splitter.proj.weight")
+    inside = {name.removeprefix("vq.project_in."): t for name, t in flat.items() if name.startswith("vq.project_in.")}
+    weight, bias = (inside.get(name, inside.get(f"0.{name}")) for name in ("weight", "bias"))
+    if inside.keys() - {"weight", "bias", "0.weight", "0.bias"}:
+        raise ValueError("this file normalises behind its projection, which no splitter here does.")
+    if weight is not None:
+        if random is not None:
+            weight = weight.double() @ random.double().transpose(1, 2).reshape(-1, random.shape[1])
+        made = LearnedProjection(weight.shape[1], books, dim, bias=bias is not None)
+        made.proj.weight.data.copy_(weight.unflatten(0, (books, dim)).transpose(0, 1).flatten(0, 1))
+        if bias is not None:
+            made.proj.bias.data.copy_(bias.unflatten(0, (books, dim)).T.flatten())
+        return made
+    if random is not None:
+        made = RandomProjection(random.shape[1], books, dim)
+        made.weight.copy_(random)
+        return made
+    if learned is not None:
+        made = LearnedProjection(learned.shape[1], books, dim)
+        made.proj.weight.data.copy_(learned)
+        return made
+    return Chunk(books * dim, books)

@@ -67,7 +67,7 @@ class Chunk(nn.Module):
 
 @part
 class LearnedProjection(nn.Module):
-    """One linear layer without bias, whose output is ordered with the numbers of a query outside, codebooks inside.
+    """One linear layer, whose output is ordered with the numbers of a query outside, codebooks inside.
 
     The lookup passes no gradient on to it: it is learned elsewhere, or stays as it is.
 
@@ -75,16 +75,17 @@ class LearnedProjection(nn.Module):
         channels: width D of the embedding.
         codebooks: C.
         dim: width K of a query.
+        bias: the published one has none; files of other packages do.
 
     Raises:
-        ValueError: one of them is below 1.
+        ValueError: one of the numbers is below 1.
     """
 
-    def __init__(self, channels: int, codebooks: int, dim: int) -> None:
+    def __init__(self, channels: int, codebooks: int, dim: int, bias: bool = False) -> None:
         super().__init__()
         _check(channels, codebooks, dim)
         self.channels, self.codebooks, self.dim = channels, codebooks, dim
-        self.proj = nn.Linear(channels, dim * codebooks, bias=False)
+        self.proj = nn.Linear(channels, dim * codebooks, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, N, D)`` to ``(B, C, N, K)``."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -62,6 +64,22 @@ def create_timm(name: str, **kwargs: Any) -> nn.Module:
     model = _replacements.get(type(model), lambda same: same)(model)
     object.__setattr__(model, "_timm_spec", {"target": f"timm:{name}", "kwargs": _recorded(model, kwargs)})
     return model
+
+
+def headless(model: nn.Module) -> nn.Module:
+    """A copy of a timm model without its classifier, for a file of what was trained without one."""
+    bare: Any = copy.deepcopy(model)
+    bare.reset_classifier(0)
+    if spec := bare.__dict__.get("_timm_spec"):
+        spec["kwargs"]["num_classes"] = 0
+    return bare
+
+
+def line_for_timm(name: str, weights: str | os.PathLike[str], num_classes: int = 10) -> str:
+    """Python that loads a file of :func:`headless` weights into timm's model with so many classes."""
+    told = f"pretrained=True, pretrained_cfg_overlay={{'file': {os.fspath(weights)!r}, 'num_classes': 0}}"
+    first = "import isthmus.encoders; " if tables.module_of(name) else ""
+    return f"{first}timm.create_model({name!r}, {told}, num_classes={num_classes})"
 
 
 def keywords(name: str) -> frozenset[str]:

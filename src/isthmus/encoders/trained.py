@@ -1,82 +1,81 @@
-"""A timm model with weights from a file that a person has, whatever wrote it; nothing in the file is run as code."""
+"""A timm model with weights from a file that a person has, whatever wrote it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, create_timm
+from isthmus.codec.checkpoints import Checkpoint, load_into, read_checkpoint, suited
 
-_LEVELS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
-
-def trained(name: str, checkpoint: str | Path, **timm_kwargs: Any) -> nn.Module:
+def trained(
+    name: str,
+    checkpoint: str | Path,
+    *,
+    ema: bool = False,
+    log: Callable[[str], None] | None = None,
+    **timm_kwargs: Any,
+) -> nn.Module:
     """``create_timm(name)`` with the weights of ``checkpoint``, in evaluation mode.
 
-    Safetensors or a PyTorch file; levels such as ``state_dict`` and prefixes such as ``module.`` are looked through,
-    published names are turned to timm's by the architecture's own ``checkpoint_filter_fn``, and the number of classes
+    Published names are turned to timm's by the architecture's own ``checkpoint_filter_fn``, and the number of classes
     is read off the file unless it is given.
+
+    Args:
+        name: of the timm model.
+        checkpoint: see :func:`isthmus.codec.checkpoints.read_checkpoint`.
+        ema: take the moving average of the weights.
+        log: is told what was taken of the file.
+        timm_kwargs: of the model.
 
     Raises:
         UserError: there is no such file or model, it cannot be read safely, or a tensor has another name or shape.
     """
-    state = read_state(checkpoint)
+    found = read_checkpoint(checkpoint, ema)
+    if log is not None:
+        log(found.told)
     model = create_timm(name, **timm_kwargs)
-    wanted = model.state_dict()
-    if not _fits(state, wanted) and (
-        rename := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    ):
-        state = dict(rename(state, model))
-    if "num_classes" not in timm_kwargs and (classes := _classes(model, state)) is not None:
+    rename = _renaming(model, found)
+    if "num_classes" not in timm_kwargs and (classes := _classes(model, found.state, rename)) is not None:
         model = create_timm(name, **timm_kwargs, num_classes=classes)
-        wanted = model.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    if missing or extra or shapes:
-        told = [f"lacks {missing[0]} (and {len(missing) - 1} more)"] if missing else []
-        told += [f"has an unknown {extra[0]} (and {len(extra) - 1} more)"] if extra else []
-        told += [f"has {k} of {tuple(state[k].shape)}, the model's is {tuple(wanted[k].shape)}" for k in shapes[:1]]
-        raise UserError(f"{checkpoint} does not fit {name}: it " + "; it ".join(told) + ".")
-    model.load_state_dict(state)
+    load_into(model, found, name, _renaming(model, found))
     return model.eval()
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or PyTorch file by name.
+def _renaming(model: nn.Module, found: Checkpoint) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    """timm's own mapping of published names; files that it cannot map stay as they are."""
+    mapping = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
-    Raises:
-        UserError: no such file, no tensors in it, or it cannot be read without running code.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}.")
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
+    def rename(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if mapping is None:
+            return state
+        try:
+            return dict(mapping(dict(state), model))
+        except UserError:
+            raise
+        except ValueError as error:  # a mapping of ours says what is wrong
+            raise UserError(f"{found.path}: {error}") from error
+        except Exception:  # made for published files, mappings of timm index what others do not have
+            return state
 
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is no checkpoint that can be read safely ({type(error).__name__}).") from error
-    for level in _LEVELS:
-        if isinstance(content, Mapping) and isinstance(content.get(level), Mapping):
-            content = content[level]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no network; a checkpoint is a dictionary of tensors.")
-    return {str(key).removeprefix("module.").removeprefix("_orig_mod."): tensor for key, tensor in content.items()}
+    return rename
 
 
-def _fits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    return state.keys() == wanted.keys()
-
-
-def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+def _classes(
+    model: nn.Module, state: Mapping[str, Tensor], rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+) -> int | None:
     """Rows of the classifier in the file; ``None`` where timm does not tell its name."""
     name = getattr(model, "pretrained_cfg", {}).get("classifier")
-    weight = state.get(f"{name}.weight") if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    wanted = model.state_dict()
+    state = suited(state, wanted)
+    if state.keys() != wanted.keys():
+        state = rename(state)
+    weight = state.get(f"{name}.weight")
     return None if weight is None else len(weight)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, create_timm, write_atomically
+from isthmus.codec.checkpoints import read_checkpoint, suited
+from isthmus.codec.files import misfit
 from isthmus.objectives.spark import backbone_from_official, backbone_to_official, from_official, to_official
 
 #: Encoders of which there are published checkpoints (and convnext_tiny, whose counts are published).
@@ -32,21 +33,12 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Backbone files come out in timm's names, ``withdecoder`` files in those of :class:`isthmus.objectives.spark.SparK`.
 
     Raises:
-        UserError: the file is missing, cut short, or no state dict.
+        UserError: see :func:`isthmus.codec.checkpoints.read_checkpoint`.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}.") from error
-    except Exception as error:  # torch, zipfile and pickle each have their own ways to fail
-        raise UserError(f"{path} is no readable checkpoint of PyTorch; it may be cut short or foreign.") from error
-    for key in ("module", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict; give a published checkpoint of SparK.")
+    found = read_checkpoint(path)
+    state = found.state
     if any(name.startswith("mask_tokens.") for name in state):
-        return from_official(state), dict(state.get("config") or {})
+        return from_official(state), dict(found.metadata.get("config") or {})
     return backbone_from_official(state), {}
 
 
@@ -63,10 +55,10 @@ def guess_encoder(backbone: dict[str, Tensor], path: Path) -> str:
     Raises:
         UserError: none has.
     """
-    trunk = {name: tensor.shape for name, tensor in backbone.items() if not _is_head(name)}
+    trunk = {name: tensor.shape for name, tensor in backbone.items() if _tells(name)}
     for name in ENCODERS:
         with torch.device("meta"):
-            own = {n: t.shape for n, t in create_timm(name).state_dict().items() if not _is_head(n)}
+            own = {n: t.shape for n, t in create_timm(name).state_dict().items() if _tells(n)}
         if trunk == own:
             return name
     raise UserError(f"the shapes in {path} are of no published SparK encoder; name the timm model with --encoder.")
@@ -79,13 +71,9 @@ def load_backbone(model: nn.Module, backbone: dict[str, Tensor], path: Path) -> 
         UserError: a tensor is missing, unknown, or of another shape.
     """
     own = {name: tensor for name, tensor in model.state_dict().items() if not _is_head(name)}
-    trunk = {name: tensor for name, tensor in backbone.items() if not _is_head(name)}
-    wrong = sorted(own.keys() ^ trunk.keys()) or [n for n, t in trunk.items() if own[n].shape != t.shape]
-    if wrong:
-        raise UserError(
-            f"{path} does not fit {type(model).__name__}: {wrong[0]} is missing on one side or has another shape "
-            f"(and {len(wrong) - 1} more)."
-        )
+    trunk = suited({name: tensor for name, tensor in backbone.items() if not _is_head(name)}, own)
+    if wrong := misfit(trunk, own):
+        raise UserError(f"{path} does not fit {type(model).__name__}: {wrong}.")
     model.load_state_dict(trunk, strict=False)
 
 
@@ -97,20 +85,8 @@ def start_from(model: nn.Module, path: Path) -> None:
     """
     if not path.is_file():
         raise UserError(f"there is no file {path} to start from.")
-    state = read_weights(path) if path.suffix == ".safetensors" else read_published(path)[0]
+    state = read_checkpoint(path).state if path.suffix == ".safetensors" else read_published(path)[0]
     load_backbone(model, backbone_of(state), path)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return load_file(path)
-    except Exception as error:  # OSError, SafetensorError
-        raise UserError(f"{path} is no readable safetensors file; it may be missing or cut short.") from error
 
 
 def write_published(path: Path, out: Path) -> Path:
@@ -119,7 +95,7 @@ def write_published(path: Path, out: Path) -> Path:
     Raises:
         UserError: the file or its JSON cannot be read.
     """
-    state = read_weights(path)
+    state = read_checkpoint(path).state
     if not any(name.startswith("decoder.") for name in state):
         published: dict[str, Any] = dict(backbone_to_official(state))
     else:
@@ -144,6 +120,11 @@ def write_published(path: Path, out: Path) -> Path:
     torch.save(published, stream)
     write_atomically(out, stream.getvalue())
     return out
+
+
+def _tells(name: str) -> bool:
+    """Whether a tensor tells the architecture: no head, no counter that old files lack."""
+    return not _is_head(name) and not name.endswith("num_batches_tracked")
 
 
 def _is_head(name: str) -> bool:

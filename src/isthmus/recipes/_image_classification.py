@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from isthmus.codec import UserError, load_weights, save_weights
+from isthmus.codec import UserError, checkpoints, load_weights, save_weights
 from isthmus.data import Dataset, Repeated, evaluation_batches
 from isthmus.data.dataset import Unreadable
 from isthmus.data.inputs import usual_crop as usual_crop
@@ -237,20 +237,8 @@ def classify(
 
 
 def read_checkpoint(path: Path, of: str) -> dict[str, Tensor]:
-    """The tensors of a PyTorch checkpoint, with or without a level ``model``, ``state_dict`` or ``module.`` around.
-
-    Raises:
-        UserError: no such file, or something else is in it.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is no PyTorch checkpoint that can be read safely ({type(error).__name__}).") from error
-    for key in ("model", "state_dict", "params_ema", "params"):
-        content = content.get(key, content) if isinstance(content, Mapping) else content
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no network; a checkpoint of {of} is a dictionary of tensors.")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    """The tensors of a checkpoint; see :func:`isthmus.codec.checkpoints.read_checkpoint`."""
+    return checkpoints.read_checkpoint(path).state
 
 
 def convert_for_timm(

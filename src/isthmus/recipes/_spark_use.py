@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from isthmus.codec import UserError, build, create_timm, load_weights, save_weights, spec_of, write_atomically
+from isthmus.codec.timm_models import headless
 from isthmus.data.readers.decoding import Unreadable, decode_image
 from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.encoders.backbone import Backbone
@@ -105,7 +106,7 @@ def convert(path: Path, out: Path, encoder: str = "") -> Path:
     """A published checkpoint to safetensors, or ours back to the published form.
 
     ``*_1kpretrained_timm_style.pth`` and ``*_official_style.pth`` become a file that
-    ``timm.create_model(NAME, checkpoint_path=...)`` loads (with a fresh head). ``*_withdecoder_*_spark_style.pth``
+    timm loads under any number of classes. ``*_withdecoder_*_spark_style.pth``
     becomes the weights of :class:`isthmus.objectives.spark.SparK`, with a JSON of its making beside it. A
     ``.safetensors`` file of ours becomes the published form; give ``--out FILE.pth``.
 
@@ -121,7 +122,7 @@ def convert(path: Path, out: Path, encoder: str = "") -> Path:
     model = create_timm(encoder or spark_files.guess_encoder(backbone, path))
     spark_files.load_backbone(model, backbone, path)
     if backbone is state:
-        save_weights(model, out)
+        save_weights(headless(model), out)
         return out
     scales = sum("mask_tokens" in name for name in state)
     pyramid = Backbone(model, reductions=[32 >> k for k in reversed(range(scales))])

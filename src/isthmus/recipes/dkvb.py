@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from isthmus.bottlenecks.key_value import KeyValueBottleneck, from_official
 from isthmus.bottlenecks.splitters import Chunk, RandomProjection
 from isthmus.codec import Codec, UserError, create_timm, save_weights, spec_of
+from isthmus.codec.checkpoints import read_checkpoint
 from isthmus.data import Dataset
 from isthmus.data import load as load_data
 from isthmus.decoders.voting import FlatHead, Vote
@@ -271,11 +272,11 @@ def convert(path: Path, out: Path, topk: int = 1) -> Path:
     Raises:
         UserError: no such checkpoint.
     """
+    found = read_checkpoint(path)
     try:
-        made = from_official(torch.load(path, map_location="cpu", weights_only=True), topk=topk)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no checkpoint of a key-value bottleneck that can be read: {reason}") from error
+        made = from_official(found.state, topk=topk)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is no checkpoint of a key-value bottleneck: {error}") from error
     save_weights(made, out, {"part": json.dumps(spec_of(made))})
     return out
 

@@ -31,6 +31,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm, load_weights, save_weights, spec_of
+from isthmus.codec.checkpoints import read_checkpoint
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.hashing import below, words
@@ -259,13 +260,7 @@ def convert(path: Path, out: Path, pool_conv3: bool = False) -> Path:
     Raises:
         UserError: no such checkpoint.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is no PyTorch checkpoint that can be read safely ({type(error).__name__}).") from error
-    state = content.get("network", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no network of RotNet; it should be a dictionary with the key 'network'.")
+    state = read_checkpoint(path).state
     try:
         if any(name.startswith("classifier.") for name in state):
             head = heads.probe_of(heads.from_official(state))

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from isthmus.codec import Codec, UserError, create_timm, write_atomically
+from isthmus.codec.checkpoints import read_checkpoint
 from isthmus.data import Dataset, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
@@ -37,7 +38,6 @@ from isthmus.decoders import ffnet_head
 from isthmus.decoders.ffnet_head import FFNetClassifier, FFNetHead
 from isthmus.encoders.backbone import Backbone, made_for
 from isthmus.encoders.images import ffnet
-from isthmus.encoders.trained import read_state
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.objectives.segmentation import Segmentation
@@ -256,7 +256,7 @@ def convert(path: Path, out: Path, name: str) -> Path:
         UserError: no such network, or the checkpoint does not fit it.
     """
     codec = released(name)
-    state = read_state(path)
+    state = read_checkpoint(path).state
     try:
         encoder: Any = codec.encoder
         body = ffnet.convert_official(state)

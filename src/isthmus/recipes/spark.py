@@ -14,7 +14,7 @@ the 4 % that is claimed (150 steps: 1 to 2.5 %); 750 steps of 64 images of CIFAR
 parquet:CIFAR10?limit=8000 --levels 2 4 8 --width 64 --output-stride 1 --comparisons on``).
 
 ``isthmus run spark --data folder:PATH --encoder NAME`` pre-trains a timm convnet on a folder of pictures and leaves
-``encoder.safetensors``, which ``timm.create_model(NAME, checkpoint_path=...)`` loads.
+``encoder.safetensors``, which timm loads under any number of classes (the report gives the line).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torchvision.transforms import Normalize
 from isthmus import data
 from isthmus.catalog import published
 from isthmus.codec import UserError, save_weights
+from isthmus.codec.timm_models import headless, line_for_timm
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Mixup, RandomResizedCrop, Resize
 from isthmus.data.transforms.augment import RandomErase, TrivialAugment
 from isthmus.decoders.spark_unet import SparKUNet
@@ -284,9 +285,9 @@ def _objective(config: Config, run: Run, levels: Sequence[int], mode: str = "aut
 def _save(run: Run, config: Config, objective: SparK, size: int) -> None:
     """The encoder as timm loads it, and all that ``apply`` needs."""
     if run.is_first:
-        save_weights(objective.encoder.model, run.dir / "encoder.safetensors")
+        save_weights(headless(objective.encoder.model), run.dir / "encoder.safetensors")
         write(run.dir / "spark.safetensors", objective, size)
-    call = f"timm.create_model({config.encoder!r}, checkpoint_path={str(run.dir / 'encoder.safetensors')!r})"
+    call = line_for_timm(config.encoder, run.dir / "encoder.safetensors")
     run.artifact("encoder", run.dir / "encoder.safetensors", f"the pre-trained encoder: {call}")
     run.artifact("spark", run.dir / "spark.safetensors", "encoder, decoder and tokens, for isthmus apply")
 
