@@ -120,6 +120,8 @@ def test_a_nested_training_becomes_its_flags(tmp_path: Path) -> None:
     recipe = tmp_path / "toy.py"
     recipe.write_text(
         """
+from isthmus.engine import Training
+
 _TRAINING = Training(steps=300, lr=1e-3)
 
 class Config:
@@ -140,6 +142,59 @@ class Config:
         "pretrain.epochs",
         "pretrain.lr",
     }
+
+
+def test_bases_functions_and_constants_of_other_files_are_followed(tmp_path: Path) -> None:
+    recipe = tmp_path / "toy.py"
+    recipe.write_text(
+        """
+from dataclasses import dataclass, field, replace
+from typing import Literal
+from isthmus.engine import Training
+from isthmus.tasks import classification
+from isthmus.tasks.classification import ClassificationConfig
+
+Kind = Literal["one", "two"]
+SIDES = (8, 16)
+
+@dataclass(frozen=True)
+class Part:
+    width: int = 4
+    \"\"\"How wide.\"\"\"
+    kind: Kind = "one"
+    \"\"\"Which.\"\"\"
+    training: Training = Training()
+    \"\"\"Its training.\"\"\"
+
+def _sgd(lr: float, *, clip: float = 2.0, **more: object) -> Training:
+    plain = {"optimizer": "momentum", "lr": lr, "clip": clip}
+    return Training(**{"epochs": 60, **plain, **more})
+
+@dataclass(frozen=True)
+class Config(ClassificationConfig):
+    size: int = SIDES[1]
+    part: Part = field(default_factory=lambda: Part(2 * 3, training=_sgd(0.1, epochs=5)))
+    \"\"\"A part.\"\"\"
+    sides: tuple[int, ...] = SIDES
+    \"\"\"Sides.\"\"\"
+
+    @classmethod
+    def paper(cls):
+        small = {"lr": 0.3}
+        return cls(part=Part(kind="two", training=Training(**small)), augmentation=classification.DEIT)
+"""
+    )
+    found = {s.name: s for s in catalog.settings(recipe)}
+    assert list(found)[:2] == ["data", "size"]
+    assert (found["size"].default, found["size"].doc) == ("16", "Pixels a side of what the networks see.")
+    assert (found["part.width"].default, found["part.width"].paper) == ("6", "4")
+    assert (found["part.kind"].type, found["part.kind"].paper) == ("Literal['one', 'two']", "'two'")
+    assert (found["part.training.lr"].default, found["part.training.lr"].paper) == ("0.1", "0.3")
+    assert (found["part.training.epochs"].default, found["part.training.clip"].default) == ("5", "2.0")
+    assert found["sides"].default == "(8, 16)"
+    assert found["augmentation.mixup"].paper == "0.8"
+    assert not found["part.training.lr"].usual
+    assert found["part.training.betas"].usual
 
 
 def verdict_file(folder: Path, system: str, **verdict: object) -> None:

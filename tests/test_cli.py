@@ -602,6 +602,19 @@ def test_convert_passes_the_recipes_own_options(call: Call, toy: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- completion
 
 
+def test_settings_are_shown_as_they_are_typed_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", "unireplknet"]) == 0
+    shown = capsys.readouterr().out
+    settings = shown[shown.index("Settings") :]
+    assert "--audio.training.milestones" in settings
+    assert "10 15 20 25 30" in settings
+    assert not re.search(r"lambda|Training\(|field\(|…/|\('", settings)
+    words = settings.split()
+    assert any(word.startswith("scenes:32?space=easy&shapes=circle,ring,cross,triangle") for word in words)
+    assert cli.main(["show", "inceptionnext"]) == 0
+    assert "--training.lr" in capsys.readouterr().out, "what a recipe inherits is its own"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

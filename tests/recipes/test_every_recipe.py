@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,27 @@ def test_its_settings_survive_the_file_that_resuming_reads(recipe: ModuleType, s
     assert isinstance(config, recipe.Config)
     saved = json.loads(json.dumps(plain(config)))
     assert restored(recipe.Config(), saved) == config
+
+
+def flattened(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every flag of a config with its value."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        found |= flattened(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return found
+
+
+def test_what_is_read_from_source_is_what_runs(recipe: ModuleType) -> None:
+    """Without importing a recipe, `isthmus show` knows all its flags, their defaults and the paper's values."""
+    found = {setting.name: setting for setting in catalog.settings(Path(str(recipe.__file__)))}
+    here = flattened(recipe.Config())
+    there = flattened(recipe.Config.paper()) if hasattr(recipe.Config, "paper") else here
+    assert list(found) == list(here)
+    for name, setting in found.items():
+        assert ast.literal_eval(setting.default) == here[name], name
+        if name in there:
+            assert ast.literal_eval(setting.default if setting.paper is None else setting.paper) == there[name], name
 
 
 def test_claims_and_published_figures_are_about_metrics_that_the_recipe_names(recipe: ModuleType) -> None:

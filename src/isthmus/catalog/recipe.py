@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
-TRAINING = Path(__file__).parents[1] / "engine" / "training.py"
+from isthmus.catalog import source
+from isthmus.catalog.source import Class, Value
 
 
 @dataclass(frozen=True)
 class Setting:
     """One flag of a recipe: its type and default as written, the paper's value if given, and what it means.
 
-    ``usual`` marks a field of a nested ``Training`` that the recipe leaves as ``Training`` has it.
+    ``usual`` marks a field of a nested dataclass, such as ``Training``, that the recipe leaves as that has it.
     """
 
     name: str
@@ -26,95 +26,112 @@ class Setting:
     usual: bool = False
 
 
+@dataclass(frozen=True)
+class _Field:
+    annotation: Value
+    default: Value | None
+    doc: str
+
+
 def settings(recipe: Path, class_name: str = "Config") -> list[Setting]:
-    """The fields of a recipe's ``Config``, read from its source, so that nothing heavy is imported.
+    """The fields of a recipe's ``Config``, those of its bases included, read from source.
 
     A field's documentation is the string below it, or the ``#`` comment beside or above it. The paper's values are
-    the keyword arguments of the call that ``Config.paper()`` returns. A field of the type ``Training`` becomes the
-    fields of ``Training``, with its name in front.
+    the keyword arguments of the call that ``Config.paper()`` returns. A field whose type is a dataclass becomes the
+    fields of that, with its name in front.
     """
-    source = recipe.read_text(encoding="utf-8")
-    module = ast.parse(source).body
-    classes = {node.name: node for node in module if isinstance(node, ast.ClassDef)}
-    constants = {node.targets[0].id: node.value for node in module if _names_one(node)}
-    if class_name not in classes:
+    module = source.read(recipe)
+    if class_name not in module.classes:
         return []
-    found: dict[str, Setting] = {}
-    for base in classes[class_name].bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            found |= {setting.name: setting for setting in settings(recipe, base.id)}
-    body = classes[class_name].body
-    paper = {name: _resolved(value, constants) for name, value in _paper_values(body).items()}
-    found = {s.name: dataclasses.replace(s, paper=_source(paper.get(s.name)) or s.paper) for s in found.values()}
-    for node, following in zip(body, [*body[1:], None], strict=True):
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        name, value = node.target.id, _resolved(node.value, constants)
-        if ast.unparse(node.annotation) == "Training":
-            found |= {s.name: s for s in _training(name, value, paper.get(name))}
-            continue
-        below = following.value if isinstance(following, ast.Expr) else None
-        if isinstance(below, ast.Constant) and isinstance(below.value, str):
-            doc = below.value
-        else:
-            doc = _comment(source.splitlines(), node)
-        default, published = _source(value) or "", _source(paper.get(name))
-        found[name] = Setting(name, ast.unparse(node.annotation), default, published, " ".join(doc.split()))
-    return list(found.values())
+    config = Class(module.classes[class_name], module)
+    return _settings(config, {}, _paper(config), "", top=True)
 
 
-def _names_one(node: ast.stmt) -> TypeGuard[Any]:
-    return isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+def docstring(recipe: Path) -> str:
+    """What a recipe says about itself."""
+    return ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""
 
 
-def _resolved(node: Any, constants: dict[str, ast.expr]) -> Any:
-    """What stands behind the name of one of the module's constants; other expressions as they are."""
-    return constants.get(node.id, node) if isinstance(node, ast.Name) else node
+def _settings(
+    config: Class, here: Mapping[str, Value], there: Mapping[str, Value] | None, prefix: str, top: bool = False
+) -> list[Setting]:
+    """The fields of a dataclass.
 
-
-def _training(name: str, laptop: ast.expr | None, paper: ast.expr | None) -> list[Setting]:
-    """The fields of a nested ``Training(…)``, with the values that the recipe and its paper setting give them."""
-    here, there = _keywords(laptop), _keywords(paper)
+    Args:
+        config: the dataclass.
+        here: what the recipe gives to its fields.
+        there: what the paper's setting gives to them; ``None`` where that has the recipe's.
+        prefix: what the flags begin with.
+        top: the paper's setting has the recipe's values where it gives none, not those of the class.
+    """
     told = []
-    for field in settings(TRAINING, "Training"):
-        default = here.get(field.name, field.default)
-        published = there.get(field.name, field.default) if paper is not None else default
-        usual = field.name not in here and field.name not in there
-        told.append(
-            dataclasses.replace(
-                field,
-                name=f"{name}.{field.name}",
-                default=default,
-                paper=published if published != default else None,
-                usual=usual,
-            )
-        )
+    for name, field in _fields(config).items():
+        default = here.get(name, field.default)
+        published = None if there is None else there.get(name, None if top else field.default)
+        nested = source.find_class(*field.annotation)
+        if nested is not None and _is_dataclass(nested):
+            parts = [None if value is None else _arguments(value, nested) for value in (default, published)]
+            told += _settings(nested, parts[0] or {}, parts[1], f"{prefix}{name}.")
+            continue
+        values = ["" if value is None else source.written(value) for value in (default, published)]
+        paper = values[1] if published is not None and (top or values[0] != values[1]) else None
+        usual = not top and name not in here and name not in (there or {})
+        told.append(Setting(prefix + name, _type(field.annotation), values[0], paper, field.doc, usual))
     return told
 
 
-def _keywords(node: ast.expr | None) -> dict[str, str]:
-    """Keyword arguments of the call in an expression, as source; also inside ``field(default_factory=lambda: …)``."""
-    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)] if node is not None else []
-    made = next((call for call in calls if ast.unparse(call.func).rpartition(".")[2] == "Training"), None)
-    return {k.arg: _source(k.value) or "" for k in made.keywords if k.arg} if made is not None else {}
+def _fields(config: Class) -> dict[str, _Field]:
+    """The fields of a class and of its bases, in the order in which ``dataclass`` has them."""
+    found: dict[str, _Field] = {}
+    for base in reversed(config.node.bases):
+        inherited = source.find_class(base, config.module)
+        found |= _fields(inherited) if inherited is not None else {}
+    body = config.node.body
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        if ast.unparse(node.annotation).startswith("ClassVar"):
+            continue
+        below = following.value if isinstance(following, ast.Expr) else None
+        written = below.value if isinstance(below, ast.Constant) else None
+        doc = written if isinstance(written, str) else _comment(config.module.lines, node)
+        before = found.get(node.target.id)
+        doc = " ".join(doc.split()) or (before.doc if before else "")
+        default = None if node.value is None else Value(node.value, config.module)
+        found[node.target.id] = _Field(Value(node.annotation, config.module), default, doc)
+    return found
 
 
-def _source(node: ast.expr | None) -> str | None:
-    """An expression as written; arithmetic with plain numbers is done, and an empty collection shown as one."""
-    if node is None:
-        return None
-    if all(isinstance(n, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)) for n in ast.walk(node)):
-        return repr(eval(compile(ast.Expression(node), "<setting>", "eval"), {"__builtins__": {}}))
-    written = ast.unparse(node)
-    return {"field(default_factory=dict)": "{}", "field(default_factory=list)": "[]"}.get(written, written)
-
-
-def _paper_values(body: list[ast.stmt]) -> dict[str, ast.expr]:
-    for node in body:
+def _paper(config: Class) -> dict[str, Value]:
+    """What ``paper()`` gives to the fields, also where it changes what that of a base gives."""
+    bases = [base for base in (source.find_class(node, config.module) for node in config.node.bases) if base]
+    inherited = next((found for found in map(_paper, bases) if found), {})
+    for node in config.node.body:
         if isinstance(node, ast.FunctionDef) and node.name == "paper":
+            within = source.inside(config.module, node, {})
             calls = [n.value for n in ast.walk(node) if isinstance(n, ast.Return) and isinstance(n.value, ast.Call)]
-            return {k.arg: k.value for call in calls for k in call.keywords if k.arg}
-    return {}
+            found: dict[str, Value] = {}
+            for call in calls:
+                changed = source.called_name(call) == "replace"
+                arguments = ast.Call(ast.Name("cls"), [], call.keywords)
+                found |= (inherited if changed else {}) | source.arguments(Value(arguments, within), [])
+            return found
+    return inherited
+
+
+def _arguments(value: Value, config: Class) -> dict[str, Value]:
+    """What an expression that makes a dataclass gives to its fields."""
+    return source.arguments(source.resolved(value), list(_fields(config)))
+
+
+def _is_dataclass(found: Class) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in found.node.decorator_list)
+
+
+def _type(annotation: Value) -> str:
+    """A type as written; the words themselves where its name stands for a ``Literal``."""
+    behind = source.resolved(annotation).node
+    return ast.unparse(behind if ast.unparse(behind).startswith("Literal[") else annotation.node)
 
 
 def _comment(lines: list[str], node: ast.AnnAssign) -> str:
@@ -128,8 +145,3 @@ def _comment(lines: list[str], node: ast.AnnAssign) -> str:
             break
         above.append(line.strip().lstrip("#: "))
     return " ".join(reversed(above))
-
-
-def docstring(recipe: Path) -> str:
-    """What a recipe says about itself."""
-    return ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,7 +88,7 @@ def _show_claims(console: Console, system: System, record: dict[str, Any] | None
         return
     table = Table(title="Claims", title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("", "claim", "bar", "measured", "published"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     found = {verdict["name"]: verdict for verdict in (record or {}).get("verdicts", ())}
     for claim in system.claims:
         holds = catalog.verdict_of(claim, record)
@@ -111,10 +114,10 @@ def _show_settings(console: Console, settings: list[catalog.Setting]) -> None:
         return
     table = Table(title="Settings", title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("flag", no_wrap=True, style="cyan")
-    table.add_column("default")
+    table.add_column("default", overflow="fold", max_width=60)
     if any(setting.paper for setting in settings):
-        table.add_column("paper")
-    table.add_column("meaning")
+        table.add_column("paper", overflow="fold", max_width=60)
+    table.add_column("meaning", overflow="fold")
     for s in settings:
         if s.usual:
             continue
@@ -126,9 +129,23 @@ def _show_settings(console: Console, settings: list[catalog.Setting]) -> None:
 
 
 def _as_typed(value: str) -> str:
-    """A value without the quotes that the command line does not need."""
-    bare = value[1:-1]
-    return bare if bare and value[0] == value[-1] and value[0] in "'\"" and " " not in bare else value
+    """A value as it stands behind its flag: words without commas and brackets, quoted only where the shell asks."""
+    try:
+        read = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return " ".join(_words(read)) or "none"
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [word for item in value.items() for word in _words(list(item))]
+    if isinstance(value, (list, tuple)):
+        return [word for item in value for word in _words(item)]
+    if value == "":
+        return ["''"]
+    text = str(value)
+    return [shlex.quote(text) if re.search(r"[\s'\"$`\\;|<>()]", text) else text]
 
 
 def describe(system: System, results: Path | None = None) -> dict[str, Any]:
