@@ -205,7 +205,7 @@ def test_show_tells_settings_and_claims(call: Call, toy: Path) -> None:
         "A Toy",
         "Nobody, 2000",
         "--widths",
-        "(8, 16)",
+        "8 16",
         "50.0",
         "It gains four points.",
         "gain ≥ 4",
