@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +167,50 @@ def test_what_makes_a_picture_look_so_is_kept(colour: PictureCoder, tmp_path: Pa
     assert back.info["icc_profile"] == b"a profile"
 
 
+FACTS = {
+    "gAMA": struct.pack(">I", 45455),
+    "sRGB": b"\x02",
+    "cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+    "pHYs": struct.pack(">IIB", 2835, 2834, 1),
+}
+
+
+def chunks(data: bytes) -> dict[str, bytes]:
+    found, at = {}, 8
+    while at < len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        found[data[at + 4 : at + 8].decode()] = data[at + 8 : at + 8 + length]
+        at += 12 + length
+    return found
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize("facts", [FACTS, {"gAMA": FACTS["gAMA"]}, {"pHYs": struct.pack(">IIB", 3, 2, 0)}, {}])
+def test_gamma_rendering_and_density_come_back_as_they_were(
+    mode: str, facts: dict[str, bytes], colour: PictureCoder, tmp_path: Path
+) -> None:
+    plain = Image.fromarray(smooth(5, 6, 3)).convert(mode)
+    data = png(plain)
+    extra = b"".join(pictures._chunk(kind.encode(), value) for kind, value in facts.items())
+    (tmp_path / "a.png").write_bytes(data[:33] + extra + data[33:])
+    back = png(colour.decompress(colour.compress(read(tmp_path / "a.png"))))
+    assert {kind: value for kind, value in chunks(back).items() if kind in FACTS} == facts
+    (tmp_path / "b.png").write_bytes(back)
+    assert from_image(read(tmp_path / "b.png")).digest == from_image(read(tmp_path / "a.png")).digest
+
+
+def test_a_photographs_dots_per_inch_and_profile_are_kept_and_nonsense_is_left_out(
+    colour: PictureCoder, tmp_path: Path
+) -> None:
+    Image.fromarray(smooth(9, 9, 3)).save(tmp_path / "a.jpg", dpi=(300, 300), icc_profile=b"a profile")
+    back = chunks(png(colour.decompress(colour.compress(read(tmp_path / "a.jpg")))))
+    assert back["pHYs"] == struct.pack(">IIB", 11811, 11811, 1)
+    assert "iCCP" in back
+    image = Image.new("L", (2, 2))
+    image.info |= {"dpi": (float("nan"), 0), "gamma": "dark", "srgb": None, "chromaticity": (1, 2)}
+    assert not FACTS.keys() & chunks(png(colour.decompress(colour.compress(image)))).keys()
+
+
 def test_pixels_beyond_a_short_palette_stay_what_they_are(colour: PictureCoder, tmp_path: Path) -> None:
     """Such files are about; written with as few bits as their palette asks for, their pixels would change."""
     planes = np.arange(0, 240, 6, dtype=np.uint8).reshape(5, 8)
@@ -232,6 +278,82 @@ def test_a_file_that_was_changed_and_sealed_again_is_told(colour: PictureCoder) 
     ):
         with pytest.raises(UserError, match=r"is no valid \.pcz|other pixels"):
             colour.decompress(resealed(data, at, value))
+
+
+def crafted(coder: PictureCoder, mode: int, size: tuple[int, int], extras: bytes, rest: bytes) -> bytes:
+    """A file with a right checksum that no encoder wrote."""
+    header = pcz._HEADER.pack(b"\x89PCZ", 1, mode, *size, coder.model, b"\0" * 8, len(extras))
+    return header + extras + rest + pcz._checksum(header + extras + rest)
+
+
+def packed(text: str) -> bytes:
+    return zlib.compress(text.encode())
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        packed("[1, 2]"), packed('"text"'), packed("7"), packed("null"), packed("[" * 100_000),
+        packed('{"a":' * 50_000),
+        packed('{"gamma": {"hex": 3}}'), packed('{"gamma": {}}'), packed('{"gamma": "dark"}'), packed('{"gamma": -1}'),
+        packed('{"gamma": 1e999}'), packed('{"gamma": NaN}'), packed('{"gamma": true}'), packed('{"other": 1}'),
+        packed('{"transparency": [1]}'), packed('{"palette": {"hex": "0000"}}'), packed('{"density": [0, 1, 1]}'),
+        packed('{"exif": {"hex": "zz"}}'), packed('{"exif": 5}'), packed("{"), b"no deflate", packed("{}")[:-3],
+        packed("{}") + b"more", zlib.compress(b"\xff\xfe{}"), packed('{"gamma": ' + "9" * 5000 + "}"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("mode", [1, 3, 5])
+def test_crafted_extras_are_told(extras: bytes, mode: int, colour: PictureCoder) -> None:
+    with pytest.raises(UserError, match=r"is no valid \.pcz file"):
+        colour.decompress(crafted(colour, mode, (2, 2), extras, b"\0\0" * 4))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    mode=st.integers(0, 255),
+    width=st.integers(0, 40),
+    height=st.integers(0, 40),
+    extras=st.binary(max_size=40),
+    rest=st.binary(max_size=60),
+)
+def test_crafted_headers_are_told(
+    mode: int, width: int, height: int, extras: bytes, rest: bytes, colour: PictureCoder
+) -> None:
+    with pytest.raises(UserError, match=r"is no valid \.pcz file|other pixels"):
+        colour.decompress(crafted(colour, mode, (width, height), extras, rest))
+
+
+@pytest.mark.parametrize("kind", ["deflate", "extras", "streams", "planes", "fewer"])
+def test_a_small_file_cannot_ask_for_more_memory_than_its_picture_has(kind: str, colour: PictureCoder) -> None:
+    bomb = zlib.compress(bytes(200_000_000), 9)
+    one = struct.pack("<I", len(bomb)) + bomb
+    data = {
+        "deflate": crafted(colour, 1, (4, 4), b"", bytes([pcz._DEFLATE]) + one),
+        "extras": crafted(colour, 1, (4, 4), bomb, b"\0\0"),
+        "streams": crafted(colour, 1, (2**14, 2**14), b"", bytes([pcz._CIRCUIT]) + bytes(4)),
+        "planes": crafted(colour, 4, (2**14, 2**14), b"", b"\0\7" * 4),
+        "fewer": crafted(colour, 1, (4, 4), b"", bytes([pcz._DEFLATE]) + bytes(4) + one),
+    }[kind]
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"is no valid \.pcz file"):
+            colour.decompress(data)
+        assert tracemalloc.get_traced_memory()[1] < 60e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_more_beside_a_picture_than_there_is_room_for_is_refused(
+    colour: PictureCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new("RGB", (3, 3))
+    image.info["icc_profile"] = bytes(2**23 + 1)
+    with pytest.raises(UserError, match="colour profile or EXIF of more than"):
+        colour.compress(image)
+    monkeypatch.setattr(pictures, "LARGEST", 26)
+    with pytest.raises(UserError, match="holds up to 26 values"):
+        colour.compress(Image.new("RGB", (3, 3)))
 
 
 def test_other_models_versions_and_files_are_told(colour: PictureCoder, grey: PictureCoder) -> None:

@@ -32,11 +32,22 @@ from isthmus.codec import UserError
 from isthmus.priors.circuit import HCLT
 from isthmus.priors.circuit_coding import CircuitCoder
 from isthmus.priors.lifting import decorrelate, recorrelate, residuals, restore
-from isthmus.priors.pictures import LARGEST, MODES, Picture, from_image, pack_extras, to_image, unpack_extras
+from isthmus.priors.pictures import LARGEST, MODES, Picture, from_image, inflate, pack_extras, to_image, unpack_extras
 
 _MAGIC, _VERSION = b"\x89PCZ", 1
 _HEADER = struct.Struct("<4sBBII8s8sI")
 _CHECKSUM = 8
+_CRAFTED = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+"""What reading bytes raises that somebody sealed with a checksum without being this encoder."""
 _CONSTANT, _CIRCUIT, _DEFLATE = range(3)
 _TOGETHER = 1024  # patches of a stream
 
@@ -48,6 +59,11 @@ class _Kind(NamedTuple):
     columns: slice
     height: int  # pixels of a patch that are there
     width: int
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
 class PictureCoder:
@@ -129,39 +145,44 @@ class PictureCoder:
             )
         try:
             picture = self._decompress(body, list(MODES)[mode_number], height, width, extras_length)
-        except (IndexError, ValueError, KeyError, struct.error, zlib.error) as error:
+            if picture.digest == digest:
+                return to_image(picture)
+        except _CRAFTED as error:
             raise UserError(f"{name} is no valid .pcz file ({error}).") from error
-        if picture.digest != digest:
-            raise UserError(f"{name} decodes to other pixels than were encoded; nothing is written. It is damaged.")
-        return to_image(picture)
+        raise UserError(f"{name} decodes to other pixels than were encoded; nothing is written. It is damaged.")
 
     def _decompress(self, body: bytes, mode: str, height: int, width: int, extras_length: int) -> Picture:
-        if not 0 < width * height <= LARGEST:
+        if not 0 < width * height * MODES[mode] <= LARGEST:
             raise UserError(f"{width}x{height} pixels")
         at = _HEADER.size
-        extras = unpack_extras(body[at : at + extras_length])
+        extras = unpack_extras(body[at : at + extras_length], mode)
         at += extras_length
-        planes = np.zeros((height, width, MODES[mode]), np.uint8)
+        constants: dict[int, int] = {}
         plans: list[tuple[list[int], list[int], int]] = []
         for group in self._groups(mode):
             varying, methods = [], set()
             for i in group:
                 method, at = body[at], at + 1
                 if method == _CONSTANT:
-                    planes[..., i], at = body[at], at + 1
+                    constants[i], at = body[at], at + 1
                 else:
                     varying.append(i)
                     methods.add(method)
             if len(methods) > 1:
                 raise UserError("planes that belong together have several methods")
             plans.append((group, varying, methods.pop() if methods else _CONSTANT))
-        streams = _streams(body, at)
+        found = list(_streams(body, at))
+        wanted = sum(self._stream_count(method, height, width) for _, varying, method in plans if varying)
+        if len(found) != wanted:
+            raise UserError(f"{len(found)} streams, and {width}x{height} pixels have {wanted}")
+        streams = iter(found)
+        planes = np.zeros((height, width, MODES[mode]), np.uint8)
+        for i, value in constants.items():
+            planes[..., i] = value
         for group, varying, method in plans:
             if varying:
                 channels = [i - group[0] for i in varying]
                 planes[..., varying] = self._decode(streams, method, height, width, channels)
-        if next(streams, None) is not None:
-            raise UserError("there is more in it than its picture has")
         return Picture(mode, self._join(planes), extras)
 
     # ----------------------------------------------------------------------------------------------------- planes
@@ -211,24 +232,28 @@ class PictureCoder:
     ) -> np.ndarray:
         """Planes ``(H, W, len(channels))``."""
         if method == _DEFLATE:
-            raw = zlib.decompress(next(streams, b""))
+            raw = inflate(next(streams), height * width * len(channels))
             return np.frombuffer(raw, np.uint8).reshape(height, width, len(channels))
-        if method != _CIRCUIT:
-            raise UserError(f"method {method} is unknown")
         values = np.zeros((height, width, len(channels)), np.uint8)
         kinds = list(self._kinds(height, width))
         jobs = []
         for kind in kinds:
-            count = (kind.rows.stop - kind.rows.start) * (kind.columns.stop - kind.columns.start)
-            for i in range(0, count, _TOGETHER):
-                jobs.append((next(streams, b""), min(_TOGETHER, count - i), self._coded(kind, channels)))
+            for i in range(0, kind.count, _TOGETHER):
+                jobs.append((next(streams), min(_TOGETHER, kind.count - i), self._coded(kind, channels)))
         with ThreadPoolExecutor(self.threads) as pool:
             decoded = pool.map(lambda job: self.coder.decode(*job), jobs)
             for kind in kinds:
-                count = (kind.rows.stop - kind.rows.start) * (kind.columns.stop - kind.columns.start)
-                patches = torch.cat([next(decoded) for _ in range(0, count, _TOGETHER)]).numpy()
+                patches = torch.cat([next(decoded) for _ in range(0, kind.count, _TOGETHER)]).numpy()
                 self._place(values, kind, channels, patches)
         return restore(values) if self.prediction else values
+
+    def _stream_count(self, method: int, height: int, width: int) -> int:
+        """How many streams the planes of a group have."""
+        if method == _DEFLATE:
+            return 1
+        if method != _CIRCUIT:
+            raise UserError(f"method {method} is unknown")
+        return sum(-(-kind.count // _TOGETHER) for kind in self._kinds(height, width))
 
     # ---------------------------------------------------------------------------------------------------- patches
 

@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from isthmus.codec import UserError
 
 #: Pillow's modes that are kept, with how many planes each has. Their place in this list is written into files.
 MODES = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "P": 1}
-#: Most pixels of a picture.
+#: Most values of a picture: pixels times planes.
 LARGEST = 2**28
-_BYTES = ("palette", "icc_profile", "exif")
+#: Most bytes of what a picture has beside its pixels, as they are packed.
+LARGEST_EXTRAS = 2**24
+_PARTS = 100_000  # of one, by which PNG counts gamma and chromaticities
+_INCH = 0.0254  # metres
 
 
 @dataclass
@@ -30,7 +34,9 @@ class Picture:
     Attributes:
         mode: of :data:`MODES`.
         planes: ``(H, W, P)`` uint8: grey, colours, alpha, or numbers of palette entries.
-        extras: palette, colour profile and EXIF as bytes, ``transparency`` of a palette as bytes or a number.
+        extras: ``palette``, ``icc_profile`` and ``exif`` as bytes, ``transparency`` of a palette as bytes or a number;
+            as PNG counts them ``gamma``, ``srgb`` (rendering intent), ``chromaticity`` (8 numbers) and ``density``
+            (dots across and down, and 1 where they are per metre, 0 where only their ratio is known).
     """
 
     mode: str
@@ -73,7 +79,8 @@ def from_image(image: Image.Image, name: str = "the picture") -> Picture:
     """Planes of a Pillow image. A transparent colour becomes an alpha channel, so that pixels are what one sees.
 
     Raises:
-        UserError: a mode with more than 8 bits or without a place in PNG files, or no pixels.
+        UserError: a mode with more than 8 bits or without a place in PNG files, no pixels, or more than there is room
+            for.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise UserError(_too_deep(name))
@@ -81,14 +88,13 @@ def from_image(image: Image.Image, name: str = "the picture") -> Picture:
         image = image.convert("RGBA")
     if image.mode not in MODES:
         raise UserError(f"{name} has the colour mode {image.mode}, which .pcz does not keep; convert it to RGB first.")
-    if image.width * image.height > LARGEST:
-        raise UserError(f"{name} has {image.width}x{image.height} pixels; .pcz holds up to {LARGEST}.")
     if not image.width * image.height:
         raise UserError(f"{name} is {image.width}x{image.height}: there are no pixels.")
     info = image.info
     extras: dict[str, Any] = {
         key: bytes(info[key]) for key in ("icc_profile", "exif") if isinstance(info.get(key), bytes) and info[key]
     }
+    extras |= _png_facts(info)
     transparency = info.get("transparency")
     if image.mode == "P":
         extras["palette"] = bytes(image.getpalette("RGB") or [])
@@ -96,6 +102,13 @@ def from_image(image: Image.Image, name: str = "the picture") -> Picture:
             extras["transparency"] = transparency
     elif transparency is not None and image.mode in ("1", "L", "RGB"):
         image = image.convert("RGBA" if image.mode == "RGB" else "LA")
+    if image.width * image.height * MODES[image.mode] > LARGEST:
+        planes = MODES[image.mode]
+        raise UserError(
+            f"{name} has {image.width}x{image.height} pixels of {planes}; .pcz holds up to {LARGEST} values."
+        )
+    if len(_plain(extras)) > LARGEST_EXTRAS:
+        raise UserError(f"{name} has a colour profile or EXIF of more than .pcz holds ({LARGEST_EXTRAS // 2} bytes).")
     planes = np.asarray(image.convert("L") if image.mode == "1" else image)
     return Picture(image.mode, planes.reshape(image.height, image.width, MODES[image.mode]), extras)
 
@@ -113,6 +126,7 @@ def to_image(picture: Picture) -> Image.Image:
     for key in ("transparency", "icc_profile", "exif"):
         if key in picture.extras:
             image.info[key] = picture.extras[key]
+    _tell_png_facts(picture.extras, image.info)
     return image
 
 
@@ -127,23 +141,131 @@ def png(image: Image.Image) -> bytes:
             image = image.copy()
             image.putpalette(colours.ljust(named, b"\0"), "RGB")
     image.save(file, "PNG", **kept)
-    return file.getvalue()
+    data, facts = file.getvalue(), _png_facts(image.info)
+    chunks = b""
+    if "chromaticity" in facts:
+        chunks += _chunk(b"cHRM", struct.pack(">8I", *facts["chromaticity"]))
+    if "gamma" in facts:
+        chunks += _chunk(b"gAMA", struct.pack(">I", facts["gamma"]))
+    if "srgb" in facts:
+        chunks += _chunk(b"sRGB", bytes([facts["srgb"]]))
+    if "density" in facts:
+        chunks += _chunk(b"pHYs", struct.pack(">IIB", *facts["density"]))
+    return data[:_IHDR_END] + chunks + data[_IHDR_END:]
+
+
+_IHDR_END = 33  # the signature and the first chunk of every PNG
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png_facts(info: dict[Any, Any]) -> dict[str, Any]:
+    """What Pillow tells of gAMA, sRGB, cHRM and pHYs, as whole numbers; nonsense is left out."""
+    found: dict[str, Any] = {}
+    gamma = _whole([info.get("gamma")], _PARTS)
+    if gamma is not None:
+        found["gamma"] = gamma[0]
+    if info.get("srgb") in range(256) and not info.get("icc_profile"):
+        found["srgb"] = int(info["srgb"])
+    chromaticity = _whole(info.get("chromaticity"), _PARTS)
+    if chromaticity is not None and len(chromaticity) == 8:
+        found["chromaticity"] = chromaticity
+    for key, unit, scale in (("dpi", 1, 1 / _INCH), ("aspect", 0, 1)):
+        density = _whole(info.get(key), scale)
+        if density is not None and len(density) == 2 and min(density) > 0:
+            found["density"] = [*density, unit]
+            break
+    return found
+
+
+def _tell_png_facts(extras: dict[str, Any], info: dict[Any, Any]) -> None:
+    """The inverse of :func:`_png_facts`."""
+    if "gamma" in extras:
+        info["gamma"] = extras["gamma"] / _PARTS
+    if "srgb" in extras:
+        info["srgb"] = extras["srgb"]
+    if "chromaticity" in extras:
+        info["chromaticity"] = tuple(each / _PARTS for each in extras["chromaticity"])
+    if "density" in extras:
+        across, down, unit = extras["density"]
+        info["dpi" if unit else "aspect"] = (across * _INCH, down * _INCH) if unit else (across, down)
+
+
+def _whole(values: Any, scale: float) -> list[int] | None:
+    """Numbers times ``scale``, rounded, if they are numbers that fit a PNG."""
+    if not isinstance(values, (list, tuple)) or not values:
+        return None
+    try:
+        found = [round(float(value) * scale) for value in values]
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        return None
+    return found if all(0 <= value < 2**31 for value in found) else None
 
 
 def pack_extras(extras: dict[str, Any]) -> bytes:
     """Extras as bytes; none where there are none."""
-    if not extras:
-        return b""
+    return zlib.compress(_plain(extras), 9) if extras else b""
+
+
+def _plain(extras: dict[str, Any]) -> bytes:
     plain = {key: {"hex": value.hex()} if isinstance(value, bytes) else value for key, value in extras.items()}
-    return zlib.compress(json.dumps(plain, sort_keys=True).encode(), 9)
+    return json.dumps(plain, sort_keys=True).encode()
 
 
-def unpack_extras(data: bytes) -> dict[str, Any]:
-    """The inverse of :func:`pack_extras`."""
-    if not data:
-        return {}
-    plain = json.loads(zlib.decompress(data))
-    return {key: bytes.fromhex(value["hex"]) if isinstance(value, dict) else value for key, value in plain.items()}
+def unpack_extras(data: bytes, mode: str) -> dict[str, Any]:
+    """The inverse of :func:`pack_extras`, for a picture of this mode.
+
+    Raises:
+        UserError: they hold something else, or more than :data:`LARGEST_EXTRAS` bytes.
+    """
+    extras: dict[str, Any] = {}
+    if data:
+        plain = json.loads(inflate(data, LARGEST_EXTRAS))
+        extras = {key: bytes.fromhex(each["hex"]) if isinstance(each, dict) else each for key, each in plain.items()}
+    for key, value in extras.items():
+        if key not in _EXTRAS or not _EXTRAS[key](value):
+            raise UserError(f"its {key[:20]!r} is none")
+        if key in ("palette", "transparency") and mode != "P":
+            raise UserError(f"{key} does not go with the mode {mode}")
+    if mode == "P" and "palette" not in extras:
+        raise UserError("there is no palette")
+    return extras
+
+
+def inflate(data: bytes, most: int) -> bytes:
+    """What deflate made of at most ``most`` bytes.
+
+    Raises:
+        UserError: it is more, cut short, or followed by something else.
+    """
+    stream = zlib.decompressobj()
+    found = stream.decompress(data, most + 1)
+    if len(found) > most or not stream.eof or stream.unused_data:
+        raise UserError(f"deflated data are not {most} bytes or fewer")
+    return found
+
+
+def _is_count(value: Any, below: int = 2**31) -> bool:
+    return type(value) is int and 0 <= value < below
+
+
+def _are_counts(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(map(_is_count, value))
+
+
+_EXTRAS: dict[str, Callable[[Any], bool]] = {
+    "palette": lambda value: isinstance(value, bytes) and len(value) <= 768 and len(value) % 3 == 0,
+    "transparency": lambda value: (isinstance(value, bytes) and len(value) <= 256) or _is_count(value, 256),
+    "icc_profile": lambda value: isinstance(value, bytes),
+    "exif": lambda value: isinstance(value, bytes),
+    "gamma": _is_count,
+    "srgb": lambda value: _is_count(value, 256),
+    "chromaticity": lambda value: _are_counts(value, 8),
+    "density": lambda value: _are_counts(value, 3) and value[0] > 0 and value[1] > 0 and value[2] < 2,
+}
+"""What each extra may be."""
 
 
 def _check_depth(path: Path, image: Image.Image) -> None:
