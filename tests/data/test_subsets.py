@@ -12,6 +12,7 @@ from PIL import Image
 from isthmus.codec import UserError
 from isthmus.data import Dataset, Memory, Repeated, class_names, load
 from isthmus.data.readers import columns, files
+from isthmus.data.subsets import subset
 
 
 def _pictures(root: Path, size: int) -> Path:
@@ -97,3 +98,17 @@ def test_classes_are_named_or_counted_over_all_splits() -> None:
     assert class_names(few, many) == ["0", "1", "2", "3"]
     with pytest.raises(UserError, match="m has no labels; a classifier needs a column label, or a folder a class"):
         class_names(Memory("m", {"signal": torch.zeros(3)}))
+
+
+def test_subsets_of_seeds_do_not_overlap_and_repeat_where_a_batch_needs_more() -> None:
+    source = load("digits", "train", ("image", "label"))
+    slices = [subset(source, 400, seed, stride=400) for seed in range(3)]
+    taken = [{int(sample["index"]) for sample in part.samples(range(400))} for part in slices]
+    assert len(set.union(*taken)) == 1200
+    few = subset(source, 100, 1, stride=400)
+    assert {int(s["index"]) for s in few.samples(range(100))} < taken[1]
+    assert len(subset(source, 0.1, 0)) == 126
+    assert len(subset(source, 10, 0, at_least=25)) == 25
+    for number in (0, 2000):
+        with pytest.raises(UserError, match="1257 training images"):
+            subset(source, number, 0)

@@ -47,7 +47,7 @@ def test_metrics_are_recorded_by_arm_with_their_margins(tmp_path):
             {"ours": lambda: nn.Linear(3, 2), "twin": lambda: nn.Linear(3, 1)},
             lambda name, model: Trained(model, {"loss": [(1, 0.5)]}),
             lambda model: next(values),
-            published={("accuracy", "ours"): "0.95"},
+            published={"accuracy_ours": "0.95"},
         )
         margins = arms.over("ours", "accuracy")
         metrics = _record(run)

@@ -34,6 +34,7 @@ _PARTS = {
     "isthmus.decoders.voting": ("FlatHead", "Vote"),
     "isthmus.encoders.backbone": ("Backbone",),
     "isthmus.encoders.images.as_image": ("AsImage", "AudioImage", "PointImage", "SeriesImage", "VideoImage"),
+    "isthmus.encoders.images.convit": ("ConViT",),
     "isthmus.encoders.images.inceptionnext": ("InceptionNeXtMixers",),
     "isthmus.encoders.images.maxout_cnn": ("MaxoutCNN",),
     "isthmus.encoders.images.pixels": ("Pixels",),

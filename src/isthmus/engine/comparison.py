@@ -44,7 +44,7 @@ class Comparison:
         makers: the arms, name to ``make() -> nn.Module``.
         train: ``train(name, model) -> Trained``, the same for all.
         measure: ``measure(model) -> {metric: value}``.
-        published: ``(metric, arm)`` to the figure of the paper.
+        published: the paper's figures, by the name of the metric, ``METRIC_ARM``.
         start: key of the random state that every arm starts from.
 
     Raises:
@@ -57,7 +57,7 @@ class Comparison:
         makers: Mapping[str, Callable[[], nn.Module]],
         train: Callable[[str, nn.Module], Trained],
         measure: Callable[[nn.Module], Mapping[str, float]],
-        published: Mapping[tuple[str, str], str] | None = None,
+        published: Mapping[str, str] | None = None,
         start: str = "network",
     ) -> None:
         check_arms(makers)
@@ -67,7 +67,7 @@ class Comparison:
             trained = train(name, make())
             found = dict(measure(trained.model))
             for metric, value in found.items():
-                run.metric(f"{metric}_{name}", value, published=(published or {}).get((metric, name)))
+                run.metric(f"{metric}_{name}", value, published=(published or {}).get(f"{metric}_{name}"))
             run.metric(f"parameters_{name}", count_parameters(trained.model), unit="parameters")
             self.arms[name] = Arm(name, trained.model, found, trained.curves)
 

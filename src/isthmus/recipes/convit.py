@@ -10,8 +10,9 @@ training; and whether an untrained head looks at the offset that the initialisat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,28 @@ from torch import Tensor, nn
 
 from isthmus.catalog import published
 from isthmus.codec import UserError
-from isthmus.data import evaluation_batches, load
+from isthmus.data import Dataset, evaluation_batches
+from isthmus.data.inputs import Inputs
+from isthmus.data.subsets import subset
+from isthmus.data.transforms.augmentation import IMAGENET
 from isthmus.encoders.images.convit import GPSA, ConViT, locality, relative_offsets
-from isthmus.engine import Run, Training, read_config
+from isthmus.engine import Run, Training
+from isthmus.engine.comparison import Comparison, Trained
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._image_classification import IMAGENET, Augmentation
 from isthmus.report import figures
+from isthmus.tasks import classification
+from isthmus.tasks.classification import DEIT, ClassificationConfig, ClassificationTask
 
-needs = ("image", "label")
+needs = classification.NEEDS
+answer = classification.answer
+
+_KINDS = ("ConViT", "ViT")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassificationConfig):
     """Settings of a run; the defaults take about two minutes on two cores."""
 
-    data: str = "digits"
-    """Labelled images; any source will do."""
     images: tuple[float, ...] = (100, 400)
     """Training images of every comparison, ascending; up to 1 as a share of the source and of each of its classes."""
     size: int = 8
@@ -60,16 +67,10 @@ class Config:
         steps=800, batch_size=50, lr=2e-3, weight_decay=0.05, warmup_steps=40, clip=1.0, evaluate_every=50
     )
     """Training of every network; at every evaluation distances and gates are measured."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Changes of training images."""
-    smoothing: float = 0.0
-    """Label smoothing."""
     mean: tuple[float, ...] = (0.3, 0.3, 0.3)
     """Mean of the channels, for normalisation."""
     std: tuple[float, ...] = (0.37, 0.37, 0.37)
     """Standard deviation of the channels."""
-    train_split: str = "train"
-    """Part of the data to train on."""
     eval_split: str = "val+test"
     """Part of the data to measure on."""
 
@@ -97,7 +98,7 @@ class Config:
                 evaluate_every=10 * 1251,
                 workers=8,
             ),
-            augmentation=replace(shared.DEIT, repeats=3),
+            augmentation=replace(DEIT, repeats=3),
             smoothing=0.1,
             mean=IMAGENET[0],
             std=IMAGENET[1],
@@ -105,69 +106,54 @@ class Config:
         )
 
 
-def run(config: Config, run: Run) -> None:
-    """Train both networks on every number of images, compare, and draw how locality changes."""
+def check(config: Config) -> None:
+    """Refuse numbers of images that do not ascend, and networks that cannot be built."""
     if list(config.images) != sorted(config.images) or not config.images:
         raise UserError(f"images must be ascending numbers, got {config.images}.")
-    source = load(config.data, config.train_split, needs, run.seed)
-    held_out = load(config.data, config.eval_split, needs, run.seed)
-    classes = shared.class_names(source, held_out)
-    augmented, plain = _transforms(config, len(classes))
-    run.log(f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {len(classes)} classes.")
-    run.metric("offset_share", offset_share(_network(config, config.local, len(classes)).blocks[0].attn))
+    with torch.device("meta"):
+        _network(config, config.local, 2)
 
-    watched = next(evaluation_batches(held_out, min(64, len(held_out)), transform=plain))["image"]
-    largest = max(n if n > 1 else n * len(source) for n in config.images)
-    shares = any(0 < n < 1 for n in config.images)
-    labels = shared.all_labels(load(config.data, config.train_split, ("label",), run.seed)) if shares else None
-    accuracies: dict[str, list[tuple[float, float]]] = {"ConViT": [], "ViT": []}
-    gains, networks, watching = [], {}, {}
+
+def run(config: Config, run: Run) -> None:
+    """Train both networks on every number of images, compare, and draw how locality changes."""
+    inputs = Inputs.of(None, (config.size, config.size), mean=config.mean, std=config.std)
+    task = classification.open(config, run, inputs)
+    run.metric("offset_share", offset_share(_network(config, config.local, task.num_classes).blocks[0].attn))
+
+    images = next(evaluation_batches(task.held_out, min(64, len(task.held_out)), transform=task.measured))["image"]
+    images = run.fabric.to_device(images)
+    subsets = _subsets(config, task)
+    datasets: dict[str, Dataset] = {}
+    makers: dict[str, Callable[[], nn.Module]] = {}
+    started: dict[str, dict[str, float]] = {}
     for number in config.images:
-        balanced = labels if number < 1 else None
-        chosen = shared.subset(source, number, run.seed, config.training.batch_size, round(largest), balanced)
-        for name, local in (("ConViT", config.local), ("ViT", 0)):
-            run.seed_everything("network")
-            network = _network(config, local, len(classes))
-            start = _looked(network, watched)
-            told = f"{name.lower()}_{number:g}".replace(".", "_")
-            result = shared.train(
-                run,
-                told,
-                network,
-                chosen,
-                config.training,
-                augmented,
-                config.smoothing,
-                _Watch(run, watched),
-                config.augmentation.repeats,
-            )
-            trained: Any = result.objective
-            networks[name], watching[name] = trained.model, _over_training(start, result.curves)
-            found = shared.accuracy(shared.confusion(run, trained.model, len(classes), held_out, plain))
-            accuracies[name].append((number, found))
-            reported = published("convit").get(f"accuracy_{told}") if config.size == 224 else None
-            run.metric(f"accuracy_{told}", found, published=reported)
-        gains.append(accuracies["ConViT"][-1][1] - accuracies["ViT"][-1][1])
-        run.metric(f"gain_{number:g}_images", gains[-1])
+        for kind, local in {"ConViT": config.local, "ViT": 0}.items():
+            makers[_arm(kind, number)] = partial(_network, config, local, task.num_classes)
+            datasets[_arm(kind, number)] = subsets[number]
+
+    def train(arm: str, network: nn.Module) -> Trained:
+        started[arm] = _locality(network, images)
+        return task.train(arm, network, datasets[arm], evaluate=partial(_locality, images=images))
+
+    reported = published("convit") if config.size == 224 else None
+    arms = Comparison(run, makers, train, task.measure, reported)
+    accuracies = {
+        kind: [(number, arms[_arm(kind, number)].metrics["accuracy"]) for number in config.images] for kind in _KINDS
+    }
+    gains = [ours[1] - twin[1] for ours, twin in zip(*accuracies.values(), strict=True)]
+    for number, gain in zip(config.images, gains, strict=True):
+        run.metric(f"gain_{number:g}_images", gain)
     if len(gains) > 1:
         run.metric("gain_lost_with_images", gains[0] - gains[-1])
 
-    figure = shared.curves(accuracies, "training images", "accuracy", log=True)
+    figure = figures.lines(accuracies, "training images", "accuracy", log_x=True)
     run.figure("sample_efficiency", figure, "Held-out accuracy, by the number of training images.")
-    _draw_locality(run, watching, networks["ConViT"], plain, held_out)
-    shared.look(run, networks["ConViT"], classes, held_out, plain)
-    shared.keep(
-        run, networks["ConViT"], classes, f"the ConViT of the most images: {_how_to_load(config, len(classes))}"
-    )
-
-
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Classify pictures with the trained ConViT: ``classes.json``, and every picture with its class above it."""
-    saved = read_config(run_dir)["config"]
-    names = ("size", "patch", "dim", "heads", "depth", "local", "mlp_ratio", "locality_strength")
-    config = Config(**{key: saved[key] for key in names}, mean=tuple(saved["mean"]), std=tuple(saved["std"]))
-    plain = _transforms(config, 1)[1]
-    return shared.classify(run_dir, inputs, out, lambda classes: _network(config, config.local, classes), plain)
+    largest = {kind: arms[_arm(kind, config.images[-1])] for kind in _KINDS}
+    curves = {kind: _over_training(started[arm.name], arm.curves) for kind, arm in largest.items()}
+    network = largest["ConViT"].model
+    _draw_locality(run, curves, network, task)
+    task.show(network)
+    task.keep(network, "the ConViT of the most images")
 
 
 def convert(path: Path, out: Path) -> Path:
@@ -186,11 +172,11 @@ def convert(path: Path, out: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
-def _network(config: Config, local: int, classes: int) -> ConViT:
+def _network(config: Config, local: int, num_classes: int) -> ConViT:
     return ConViT(
         config.size,
         config.patch,
-        num_classes=classes,
+        num_classes=num_classes,
         embed_dim=config.dim,
         depth=config.depth,
         num_heads=config.heads,
@@ -201,26 +187,25 @@ def _network(config: Config, local: int, classes: int) -> ConViT:
     )
 
 
-def _transforms(config: Config, classes: int) -> tuple[Any, Any]:
-    pct = shared.usual_crop(config.size)
-    return shared.transforms(
-        config.size, classes, config.augmentation, config.mean, config.std, config.smoothing, crop_pct=pct
-    )
+def _arm(kind: str, number: float) -> str:
+    return f"{kind.lower()}_{number:g}".replace(".", "_")
 
 
-def _how_to_load(config: Config, classes: int) -> str:
-    sizes = {
-        "img_size": config.size,
-        "patch_size": config.patch,
-        "embed_dim": config.dim // config.heads,
-        "depth": config.depth,
-        "num_heads": config.heads,
-        "mlp_ratio": config.mlp_ratio,
-        "local_up_to_layer": config.local,
-        "num_classes": classes,
-        "checkpoint_path": shared.NETWORK,
+def _subsets(config: Config, task: ClassificationTask) -> dict[float, Dataset]:
+    """Training images by their number; shares of the source are shares of every class too."""
+    largest = round(max(number if number > 1 else number * len(task.source) for number in config.images))
+    labels = task.source.labels if any(0 < number < 1 for number in config.images) else None
+    return {
+        number: subset(
+            task.source,
+            number,
+            task.run.seed,
+            config.training.batch_size,
+            largest,
+            labels if number < 1 else None,
+        )
+        for number in config.images
     }
-    return f"timm.create_model('convit_tiny', {', '.join(f'{key}={value!r}' for key, value in sizes.items())})"
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -249,7 +234,7 @@ def offset_share(layer: GPSA, side: int = 14) -> float:
     return right / total
 
 
-def _looked(network: nn.Module, images: Tensor) -> dict[str, float]:
+def _locality(network: nn.Module, images: Tensor) -> dict[str, float]:
     """Mean distance and, where there is one, mean gate of every layer."""
     training = network.training
     found = {}
@@ -261,16 +246,6 @@ def _looked(network: nn.Module, images: Tensor) -> dict[str, float]:
     return found
 
 
-class _Watch:
-    """What ``fit`` evaluates: the locality of the network that is trained, on the same images every time."""
-
-    def __init__(self, run: Run, images: Tensor) -> None:
-        self.images = run.fabric.to_device(images)
-
-    def __call__(self, objective: nn.Module) -> dict[str, float]:
-        return _looked(objective.model, self.images)  # type: ignore[arg-type]
-
-
 def _over_training(
     start: Mapping[str, float], curves: Mapping[str, Sequence[tuple[int, float]]]
 ) -> dict[str, list[tuple[float, float]]]:
@@ -278,32 +253,30 @@ def _over_training(
 
 
 def _draw_locality(
-    run: Run, watching: Mapping[str, Mapping[str, Any]], network: nn.Module, plain: Any, held_out: Any
+    run: Run, curves: Mapping[str, Mapping[str, Any]], network: nn.Module, task: ClassificationTask
 ) -> None:
     distances = {
-        f"{name} layer {key.removeprefix('distance_')}": points
-        for name, found in watching.items()
+        f"{kind} layer {key.removeprefix('distance_')}": points
+        for kind, found in curves.items()
         for key, points in found.items()
         if key.startswith("distance")
     }
     caption = "How far the heads of a layer look on average, over training on the most images (layers from 0)."
-    run.figure("locality", shared.curves(distances, "step", "mean distance in patches"), caption)
-    gates = {f"layer {k.removeprefix('gate_')}": v for k, v in watching["ConViT"].items() if k.startswith("gate")}
+    run.figure("locality", figures.lines(distances, "step", "mean distance in patches"), caption)
+    gates = {key.removeprefix("gate_"): points for key, points in curves["ConViT"].items() if key.startswith("gate")}
     if not gates:
         return
-    named = {name.replace("layer ", "layer"): points for name, points in gates.items()}
-    run.figure(
-        "gates", shared.curves(named, "step", "gate"), "Weight of position against content, mean over the heads."
-    )
-    for name, points in gates.items():
-        run.metric(f"gate_{name.replace(' ', '_')}", points[-1][1])
-    batch = next(evaluation_batches(held_out, 64, transform=plain))
+    drawn = figures.lines({f"layer{index}": points for index, points in gates.items()}, "step", "gate")
+    run.figure("gates", drawn, "Weight of position against content, mean over the heads.")
+    for index, points in gates.items():
+        run.metric(f"gate_layer_{index}", points[-1][1])
+    batch = next(evaluation_batches(task.held_out, 64, transform=task.measured))
     layers = locality(network, run.fabric.to_device(batch["image"]))  # type: ignore[arg-type]
     heads = {
-        f"layer {i} head {h}": float(g)
+        f"layer {i} head {h}": float(gate)
         for i, layer in enumerate(layers)
         if layer.gates is not None
-        for h, g in enumerate(layer.gates)
+        for h, gate in enumerate(layer.gates)
     }
     if len(heads) <= 40:
         run.figure("heads", figures.bars(heads, "gate"), "The gate of every head after training.")

@@ -190,7 +190,7 @@ class ClassificationTask:
     def compare(
         self,
         makers: Mapping[str, Callable[[int], nn.Module]],
-        published: Mapping[tuple[str, str], str] | None = None,
+        published: Mapping[str, str] | None = None,
         measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
     ) -> Comparison:
         """Train networks that differ in one thing, each made by ``make(num_classes)``; see :class:`Comparison`."""

@@ -30,7 +30,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from isthmus.codec import replaces
+from isthmus.codec import part, replaces
 from isthmus.encoders.images.pyramid import check_images, check_settings, imagenet_cfg
 
 Grid = tuple[int, int]
@@ -201,9 +201,9 @@ class Block(nn.Module):
             arguments["locality_strength"] = old.locality_strength
         with torch.device("meta"), warnings.catch_warnings():
             attn: Any = kind(old.proj.in_features, **arguments)
-        for name, part in old.named_children():
+        for name, child in old.named_children():
             if name in dict(attn.named_children()):
-                setattr(attn, name, part)
+                setattr(attn, name, child)
         if kind is GPSA:
             attn.gating_param = old.gating_param
         self.norm1, self.attn, self.drop_path = block.norm1, attn.train(old.training), block.drop_path
@@ -224,6 +224,7 @@ class Block(nn.Module):
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
 
 
+@part
 class ConViT(convit.ConVit):
     """timm's ConViT for images of any size: position embeddings are resampled, borders padded to whole patches.
 
