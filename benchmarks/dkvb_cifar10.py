@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import record, table
+import isthmus
 from isthmus import data
 from isthmus.data import evaluation_batches
 from isthmus.data.readers.local import local
@@ -50,11 +51,11 @@ def settings(source: str, weights: Path) -> dkvb.Config:
 @torch.no_grad()
 def own_accuracy(source: str, weights: Path, folder: Path) -> float:
     """What the network's own classifier gets right of the held-out pictures, prepared as the run prepared them."""
-    network, pictures = trained("cifar_resnet20", weights), dkvb.load(folder)[1]
+    network, inputs = trained("cifar_resnet20", weights), isthmus.load(folder).inputs
     held_out = data.load(source, "val+test", ("image", "label"))
     right = [
         (network(batch["image"]).argmax(1) == batch["label"]).float()
-        for batch in evaluation_batches(held_out, 200, transform=pictures.transform())
+        for batch in evaluation_batches(held_out, 200, transform=inputs.transform())
     ]
     return float(torch.cat(right).mean())
 

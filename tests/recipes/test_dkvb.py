@@ -14,16 +14,17 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+import isthmus
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
 from isthmus.codec import UserError, build, load_weights
 from isthmus.data import load
 from isthmus.engine import Run
-from isthmus.recipes import _dkvb_stream as streams
-from isthmus.recipes import _dkvb_toy as toy
 from isthmus.recipes import dkvb
 from isthmus.recipes.dkvb import Config, _sgd
+from isthmus.tasks import continual, heaps
+from isthmus.tasks.continual import Stream
 from tests.encoders.test_trained import published
 
 SMALL = Config(
@@ -77,11 +78,11 @@ def test_pictures_are_classified(trained: tuple[Path, dict[str, Any]], tmp_path:
     written = dkvb.apply(trained[0], [*paths, tmp_path / "in" / "text.txt"], tmp_path / "out")
     assert len(written) == 13
     assert all(path.is_file() for path in written)
-    told = json.loads((tmp_path / "out" / "classes.json").read_text())
-    right = sum(told[str(p)]["class"] == str(int(s["label"])) for p, s in zip(paths, samples, strict=True))
+    answers = json.loads((tmp_path / "out" / "answers.json").read_text())
+    right = sum(answers[str(p)]["class"] == str(int(s["label"])) for p, s in zip(paths, samples, strict=True))
     assert right >= 9
-    assert "skipped" in told[str(tmp_path / "in" / "text.txt")]
-    with pytest.raises(UserError, match="none of the inputs is an image"):
+    assert "skipped" in answers[str(tmp_path / "in" / "text.txt")]
+    with pytest.raises(UserError, match="none of the inputs can be used"):
         dkvb.apply(trained[0], [tmp_path / "in" / "text.txt"], tmp_path / "out")
 
 
@@ -90,14 +91,14 @@ def test_a_new_class_is_taught_and_the_old_ones_stay(trained: tuple[Path, dict[s
     lessons = _pictures(tmp_path / "teach" / "stripes", stripes[:4], [f"{i}.png" for i in range(4)])
     asked = _pictures(tmp_path / "ask", stripes[4:], ["4.png", "5.png"])
     written = dkvb.apply(trained[0], [*lessons, *asked], tmp_path / "out")
-    told = json.loads((tmp_path / "out" / "classes.json").read_text())
-    assert [told[str(path)]["class"] for path in asked] == ["stripes", "stripes"]
-    assert str(lessons[0]) not in told
-    assert tmp_path / "out" / "classifier" / "pictures.json" in written
+    answers = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert [answers[str(path)]["class"] for path in asked] == ["stripes", "stripes"]
+    assert str(lessons[0]) not in answers
+    assert tmp_path / "out" / "classifier" / "saved.json" in written
 
-    before, _ = dkvb.load(trained[0])
-    after, pictures = dkvb.load(tmp_path / "out")
-    assert pictures.classes[-1] == "stripes"
+    before, kept = isthmus.load(trained[0]).model, isthmus.load(tmp_path / "out" / "classifier")
+    after = kept.model
+    assert kept.labels[-1] == "stripes"
     images = load("digits", "test", ("image",)).fetch(range(200))["image"].float() / 255
     old, new = before(images).prediction.argmax(1), after(images).prediction.argmax(1)
     assert (old == new).float().mean() > 0.95
@@ -126,8 +127,9 @@ def test_any_network_of_timm_is_an_encoder(tmp_path: Path) -> None:
     )
     with Run.quick(tmp_path, name="dkvb", config=config, max_steps=1) as run:
         dkvb.run(config, run)
-    codec, pictures = dkvb.load(run.dir)
-    assert pictures.size == 32
+    kept = isthmus.load(run.dir)
+    codec = kept.model
+    assert kept.inputs.size == (32, 32)
     assert codec(torch.rand(3, 3, 32, 32)).prediction.shape == (3, 4)
     assert isinstance(codec.bottleneck, KeyValueBottleneck)
     assert codec.bottleneck.splitter.channels == 512
@@ -155,19 +157,21 @@ def test_weights_come_from_a_file_under_published_names(tmp_path: Path) -> None:
     config = dataclasses.replace(BRIEF, encoder="cifar_resnet20", weights=weights)
     with Run.quick(tmp_path, name="dkvb", config=config, max_steps=1) as run:
         dkvb.run(config, run)
-    codec, pictures = dkvb.load(run.dir)
-    assert (pictures.size, pictures.mean) == (32, network.pretrained_cfg["mean"])
+    kept = isthmus.load(run.dir)
+    codec = kept.model
+    assert (kept.inputs.size, kept.inputs.mean) == ((32, 32), network.pretrained_cfg["mean"])
     images = torch.rand(2, 3, 32, 32)
-    kept: Any = codec.encoder
-    torch.testing.assert_close(kept(images)[0][:, 0] + kept.mean, network.forward_features(images).mean((2, 3)))
+    encoder: Any = codec.encoder
+    torch.testing.assert_close(encoder(images)[0][:, 0] + encoder.mean, network.forward_features(images).mean((2, 3)))
 
 
 def test_networks_made_for_one_size_take_another(tmp_path: Path) -> None:
     config = dataclasses.replace(BRIEF, encoder="vit_tiny_patch16_224", size=32)
     with Run.quick(tmp_path, name="dkvb", config=config, max_steps=1) as run:
         dkvb.run(config, run)
-    codec, pictures = dkvb.load(run.dir)
-    assert pictures.size == 32
+    kept = isthmus.load(run.dir)
+    codec = kept.model
+    assert kept.inputs.size == (32, 32)
     assert codec(torch.rand(1, 3, 32, 32)).prediction.shape == (1, 4)
 
 
@@ -177,15 +181,15 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypa
         dkvb.run(config, run)
     whole = json.loads((run.dir / "report.json").read_text())["metrics"]
 
-    measured = streams.Stream.measure
+    measured = Stream.measure
     calls = itertools.count()
 
-    def until(self: streams.Stream, *arguments: Any) -> Tensor:
+    def until(self: Stream, *arguments: Any) -> Tensor:
         if next(calls) == 4:
             raise KeyboardInterrupt
         return measured(self, *arguments)
 
-    monkeypatch.setattr(streams.Stream, "measure", until)
+    monkeypatch.setattr(Stream, "measure", until)
     with pytest.raises(KeyboardInterrupt), Run.quick(tmp_path, name="dkvb", config=config) as run:
         dkvb.run(config, run)
     monkeypatch.undo()
@@ -198,37 +202,25 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypa
     }
 
 
-def test_pictures_of_any_form_are_classified(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    forms = {"odd": ("RGB", (37, 5)), "grey": ("L", (8, 8)), "clear": ("RGBA", (9, 12)), "dot": ("RGB", (1, 1))}
-    for name, (mode, size) in forms.items():
-        Image.new(mode, size).save(tmp_path / f"{name}.png")
-    written = dkvb.apply(trained[0], [tmp_path / f"{name}.png" for name in forms], tmp_path / "out")
-    assert [path.name for path in written] == ["classes.json", *(f"{name}-class.png" for name in forms)]
-    (tmp_path / "cut.png").write_bytes((tmp_path / "odd.png").read_bytes()[:40])
-    with pytest.raises(UserError, match="none of the inputs is an image"):
-        dkvb.apply(trained[0], [tmp_path / "cut.png"], tmp_path / "nothing")
-    assert not (tmp_path / "nothing").exists()
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"split": 0}, "split must lie between 1 and the 10 classes"),
+        ({"split": 0}, "--split lies between 1 and the 10 classes"),
         ({"encoder": "resnet10"}, "timm has no model"),
         ({"splitter": "chunk", "codebooks": 7}, "64 channels cannot be cut into 7"),
         ({"data": "digits:128"}, "too many to be an embedding"),
         ({"encoder": "resnet10t", "weights": "nowhere.safetensors"}, "there is no checkpoint nowhere.safetensors"),
         ({"encoder": "resnet10t", "pretrained": True}, "weights of resnet10t cannot be had.*give them with --weights"),
         ({"encoder": "resnet10t", "reduction": 5}, "levels of reduction"),
-        ({"size": 0}, "size must be 1 or more, got 0"),
+        ({"size": 0}, "--size must be 1 or more, got 0"),
         ({"weights": "some.pth"}, "pixels have no weights.*--encoder"),
         ({"codebooks": 0}, "codebooks and the width of a query must be 1 or more"),
         ({"splitter": "chunk", "codebooks": 0}, "codebooks and the width of a query must be 1 or more"),
         ({"key_dim": -1}, "width of a query must be 1 or more"),
         ({"topk": 8}, "between 1 and the 4 pairs"),
         ({"fewer_pairs": (0,)}, "the 0 pairs"),
-        ({"key_epochs": 0}, "key_epochs and key_batch must be 1 or more"),
-        ({"key_batch": -2}, "key_epochs and key_batch must be 1 or more"),
+        ({"key_epochs": 0}, "--key-epochs must be 1 or more"),
+        ({"key_batch": -2}, "--key-batch must be 1 or more"),
         ({"smoothing": 1.5}, "smoothing must lie in"),
     ],
 )
@@ -237,19 +229,15 @@ def test_impossible_settings_are_told(
 ) -> None:
     config = dataclasses.replace(SMALL, **changes)
     if config.pretrained:
-        monkeypatch.setattr(dkvb, "create_timm", _unreachable)
+        monkeypatch.setattr(continual, "create_timm", _unreachable)
     with pytest.raises(ValueError, match=told), Run.quick(tmp_path, name="dkvb", config=config) as run:
+        dkvb.check(config)
         dkvb.run(config, run)
     assert not list(run.dir.glob("checkpoints/*")), "told before anything is trained"
 
 
 def _unreachable(name: str, **kwargs: Any) -> None:
     raise OSError("no network")
-
-
-def test_an_unfinished_run_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no classifier; run the recipe to its end"):
-        dkvb.load(tmp_path)
 
 
 def test_published_files_are_converted(tmp_path: Path) -> None:
@@ -274,22 +262,27 @@ def test_published_files_are_converted(tmp_path: Path) -> None:
 def test_what_is_forgotten_is_measured_from_the_end_of_a_class_own_task() -> None:
     tasks = [[0, 2], [1, 3]]
     history = torch.tensor([[0.8, 0.0, 1.0, 0.0], [0.3, 0.9, 0.5, 0.7]])
-    assert streams.forgotten(history, tasks) == pytest.approx((0.5 + 0.5 + 0 + 0) / 4)
-    assert streams.averages(history) == pytest.approx([0.45, 0.6])
+    assert continual.forgotten(history, tasks) == pytest.approx((0.5 + 0.5 + 0 + 0) / 4)
+    assert continual.averages(history) == pytest.approx([0.45, 0.6])
 
 
 def test_passes_differ_in_order_and_stop_at_the_limit() -> None:
     features = torch.arange(10.0)[:, None, None]
-    passes = streams.Passes(features, 4, torch.Generator().manual_seed(0), 3, torch.device("cpu"))
+    passes = continual.Passes(features, 4, torch.Generator().manual_seed(0), 3, torch.device("cpu"))
     first, second = [b[0] for b in passes], [b[0] for b in passes]
     assert [len(b) for b in first + second] == [4, 4, 4]
     assert not torch.equal(first[0], second[0])
 
 
-def test_eight_heaps_are_kept_by_the_bottleneck_alone() -> None:
-    found = toy.draw(torch.Generator().manual_seed(0), steps=50, lr=3e-2)
-    assert found.accuracy["bottleneck"] > 0.9
-    assert max(found.accuracy["MLP"], found.accuracy["linear"]) < 0.6
-    assert len(found.figure.axes) == 12
-    again = toy.draw(torch.Generator().manual_seed(0), steps=1)
-    assert set(again.accuracy) == {"bottleneck", "MLP", "linear"}
+def test_eight_heaps_are_kept_by_the_bottleneck_alone(tmp_path: Path) -> None:
+    points, label = heaps.heaps(torch.Generator().manual_seed(0))
+    models = {"linear": nn.Linear(2, 8), "MLP": nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 8))}
+    found = heaps.draw(models, points, label, steps=30, lr=3e-2)
+    assert max(found.accuracy.values()) < 0.6
+    assert len(found.figure.axes) == 8
+    with Run.quick(tmp_path, name="dkvb", config=SMALL, max_steps=60) as run:
+        dkvb._draw_heaps(run)
+    metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
+    assert set(metrics) == {
+        f"heaps_{name}" for name in ("accuracy_bottleneck", "accuracy_mlp", "accuracy_linear", "gain")
+    }

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from isthmus import saved
-from isthmus.codec import UserError, write_atomically
+from isthmus.codec import Output, UserError, write_atomically
 from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.saved import Saved
@@ -62,18 +62,23 @@ class Item:
 
     @functools.cached_property
     def predicted(self) -> Tensor:
-        """The model's output for this input, without the axis of the batch."""
+        """The model's output for this input (a Codec's prediction), without the axis of the batch."""
         with torch.no_grad():
-            return self._kept.model(self.input)[0]
+            output = self._kept.model(self.input)
+        return (output.prediction if isinstance(output, Output) else output)[0]
 
 
 def apply(
-    run_dir: Path, inputs: Sequence[Path], out: Path, answer: Callable[[Saved, Item], Answer], name: str | None = None
+    run_dir: Path | Saved,
+    inputs: Sequence[Path],
+    out: Path,
+    answer: Callable[[Saved, Item], Answer],
+    name: str | None = None,
 ) -> list[Path]:
     """Answer every input with a model that a run kept.
 
     Args:
-        run_dir: a finished run, or the folder of a kept model.
+        run_dir: a finished run, the folder of a kept model, or the model itself.
         inputs: files; what cannot be read is named in ``answers.json`` and left out.
         out: gets ``answers.json`` and, where there is a picture, ``NAME-answer.png``; both are written whole.
         answer: of the recipe.
@@ -85,7 +90,10 @@ def apply(
     Raises:
         UserError: the run kept no such model, or not one of the inputs can be read.
     """
-    kept = saved.load(run_dir if name is None else run_dir / saved.KEPT / name)
+    if isinstance(run_dir, Saved):
+        kept = run_dir
+    else:
+        kept = saved.load(run_dir if name is None else run_dir / saved.KEPT / name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kept.model.to(device).eval()
     found: dict[str, Any] = {}

@@ -11,20 +11,20 @@ A recipe inherits :class:`ClassificationConfig`, opens the task and says which n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus import saved
-from isthmus.codec import UserError, create_timm
+from isthmus.codec import create_timm
 from isthmus.data import Dataset, Repeated, evaluation_batches, load
 from isthmus.data.inputs import Inputs
-from isthmus.data.transforms import CenterCrop, Transform
+from isthmus.data.subsets import class_names
+from isthmus.data.transforms import Transform
 from isthmus.data.transforms.augmentation import DEIT as DEIT
 from isthmus.data.transforms.augmentation import Augmentation, training_transform
 from isthmus.encoders.backbone import made_for
@@ -76,7 +76,7 @@ def open(config: ClassificationConfig, run: Run, inputs: Inputs | None = None) -
         UserError: no labels, one class, fewer images than a batch, a part of the data that is empty.
     """
     source = load(config.data, config.train_split, NEEDS, run.seed)
-    held_out = _first(load(config.data, config.eval_split, NEEDS, run.seed), config.test_images)
+    held_out = load(config.data, config.eval_split, NEEDS, run.seed).first(config.test_images)
     return ClassificationTask(config, run, source, held_out, inputs or inputs_of(config))
 
 
@@ -198,19 +198,8 @@ class ClassificationTask:
         return Comparison(self.run, bound, self.train, measure or self.measure, published)
 
     def show(self, model: nn.Module) -> None:
-        """The confusion matrix, where it can be read, and held-out images with what the network predicts."""
-        if self.num_classes <= 16:
-            table = self.confusion_matrix(model)
-            self.run.figure(
-                "confusion", figures.confusion_matrix(table, self.classes), "How often each class is taken for which."
-            )
-        chosen = _spread(self.held_out, 16)
-        batch = next(evaluation_batches(chosen, len(chosen), transform=self.measured))
-        with torch.no_grad():
-            predicted = model.eval()(self.run.fabric.to_device(batch["image"])).argmax(1).cpu()
-        names = [self.classes[int(label)] for label in predicted]
-        pictures = figures.captioned(batch["image"], names, (predicted == batch["label"]).tolist(), columns=8)
-        self.run.figure("examples", pictures, "Held-out images, and what the network predicts; red is wrong.")
+        """:func:`show` of the held-out images."""
+        show(self.run, model, self.classes, self.held_out, self.measured)
 
     def keep(self, model: nn.Module, text: str, name: str = "network", **facts: Any) -> None:
         """Save a trained network with all that it needs to be used: ``isthmus.load(run)``, ``isthmus apply``."""
@@ -220,19 +209,26 @@ class ClassificationTask:
         self.run.artifact(name, folder, text)
 
 
-def class_names(*datasets: Dataset) -> list[str]:
-    """Names of the classes, or their numbers where the source has none; every split's labels are counted in.
+def show(run: Run, model: nn.Module, classes: Sequence[str], held_out: Dataset, transform: Transform) -> None:
+    """The confusion matrix, where it can be read, and held-out images with what the network predicts.
 
-    Raises:
-        UserError: the source has no labels, or only one class.
+    Args:
+        run: which records the figures.
+        model: images to logits ``(B, K)``.
+        classes: K names.
+        held_out: images and labels.
+        transform: as for measuring.
     """
-    for dataset in datasets:
-        if "label" not in dataset.columns:
-            raise UserError(f"{dataset.name} has no labels; a classifier needs a column label, or a folder a class.")
-        if dataset.classes is not None:
-            return list(dataset.classes)
-    largest = max(_largest_label(dataset) for dataset in datasets)
-    return [str(number) for number in range(largest + 1)]
+    if len(classes) <= 16:
+        table = confusion_matrix(run, model, held_out, len(classes), transform)
+        run.figure("confusion", figures.confusion_matrix(table, classes), "How often each class is taken for which.")
+    chosen = held_out.spread(16)
+    batch = next(evaluation_batches(chosen, len(chosen), transform=transform))
+    with torch.no_grad():
+        predicted = model.eval()(run.fabric.to_device(batch["image"])).argmax(1).cpu()
+    names = [classes[int(label)] for label in predicted]
+    pictures = figures.captioned(batch["image"], names, (predicted == batch["label"]).tolist(), columns=8)
+    run.figure("examples", pictures, "Held-out images, and what the network predicts; red is wrong.")
 
 
 def answer(kept: Saved, item: Item) -> Answer:
@@ -246,17 +242,3 @@ def answer(kept: Saved, item: Item) -> Answer:
         "probability": {classes[int(i)]: round(float(p), 4) for p, i in zip(*best, strict=True)},
     }
     return Answer(facts, annotated(item.image, f"{likeliest} ({float(best.values[0]):.0%})"))
-
-
-def _first(dataset: Dataset, number: int) -> Dataset:
-    return dataset.select(range(min(number, len(dataset)))) if number else dataset
-
-
-def _spread(dataset: Dataset, number: int) -> Dataset:
-    number = min(number, len(dataset))
-    return dataset.select(np.arange(number) * len(dataset) // number)
-
-
-def _largest_label(dataset: Dataset) -> int:
-    small = CenterCrop(1) if "image" in dataset[0] else None  # pictures may be of any size
-    return max(int(batch["label"].max()) for batch in evaluation_batches(dataset, 256, transform=small))

@@ -1,10 +1,11 @@
-"""The picture of the key-value bottleneck's paper: eight heaps in the unit square, learned two at a time.
+"""Eight heaps in the unit square, learned two at a time: what learners predict everywhere, after every task.
 
-What a bottleneck with 400 keys, an MLP and a linear layer say everywhere in the square, after every task.
+Points of two dimensions show at a glance what a stream of classes does to a learner (arXiv 2207.11240, figure 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from isthmus.bottlenecks.key_value import KeyValueBottleneck
-from isthmus.bottlenecks.splitters import Chunk
-from isthmus.decoders.voting import Vote
-
 CLASSES, TASKS = 8, 4
-_SIDE = 80  # places a side at which answers are drawn
+_SIDE = 80  # places a side at which predictions are drawn
 
 
 class Drawn(NamedTuple):
@@ -39,24 +36,18 @@ def heaps(generator: torch.Generator, number: int = 100, spread: float = 0.03) -
     return points.clamp(0, 1), label
 
 
-def learners(generator: torch.Generator, pairs: int = 400) -> dict[str, nn.Module]:
-    """A bottleneck whose keys are uniform points of the square, an MLP of 32 units and a linear layer."""
-    bottleneck = KeyValueBottleneck(Chunk(2, 1), pairs, CLASSES, value_std=1e-3)
-    bottleneck.reset_values(generator)
-    bottleneck.place_keys(torch.rand(1, pairs, 2, generator=generator))
-    return {
-        "bottleneck": _Read(bottleneck),
-        "MLP": nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, CLASSES)),
-        "linear": nn.Linear(2, CLASSES),
-    }
+def draw(models: Mapping[str, nn.Module], points: Tensor, label: Tensor, steps: int = 1000, lr: float = 1e-3) -> Drawn:
+    """Learn the four tasks one after the other, ``steps`` of Adam on all points of a task.
 
-
-def draw(generator: torch.Generator, steps: int = 1000, lr: float = 1e-3) -> Drawn:
-    """Learn the four tasks one after the other, ``steps`` of Adam on all points of a task."""
-    points, label = heaps(generator)
+    Args:
+        models: points ``(B, 2)`` to logits ``(B, 8)``, trained in place.
+        points: of :func:`heaps`.
+        label: likewise.
+        steps: for every task.
+        lr: of Adam.
+    """
     axis = (torch.arange(_SIDE) + 0.5) / _SIDE
     square = torch.cartesian_prod(axis, axis).flip(1)  # rows are y
-    models = learners(generator)
     figure = Figure(figsize=(2.2 * TASKS, 2.3 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), TASKS, squeeze=False)
     accuracy = {}
@@ -66,20 +57,11 @@ def draw(generator: torch.Generator, steps: int = 1000, lr: float = 1e-3) -> Dra
             _learn(model, points[chosen], label[chosen], steps, lr)
             model.eval()
             with torch.no_grad():
-                told = model(square).argmax(1).view(_SIDE, _SIDE)
+                predicted = model(square).argmax(1).view(_SIDE, _SIDE)
                 accuracy[name] = float((model(points).argmax(1) == label).float().mean())
-            _panel(axes[row][task], told, points, label, (task + 1) * (CLASSES // TASKS))
+            _panel(axes[row][task], predicted, points, label, (task + 1) * (CLASSES // TASKS))
             axes[row][task].set_title(f"{name}, task {task + 1}: {accuracy[name]:.0%} of all", fontsize=8)
     return Drawn(accuracy, figure)
-
-
-class _Read(nn.Module):
-    def __init__(self, bottleneck: nn.Module) -> None:
-        super().__init__()
-        self.bottleneck, self.vote = bottleneck, Vote(CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vote(self.bottleneck([x]).features)
 
 
 def _learn(model: nn.Module, x: Tensor, label: Tensor, steps: int, lr: float) -> None:
@@ -91,9 +73,9 @@ def _learn(model: nn.Module, x: Tensor, label: Tensor, steps: int, lr: float) ->
         optimiser.step()
 
 
-def _panel(axis, told: Tensor, points: Tensor, label: Tensor, seen: int) -> None:
+def _panel(axis, predicted: Tensor, points: Tensor, label: Tensor, seen: int) -> None:
     colours = colormaps["tab10"]
-    axis.imshow(colours(told.numpy()), origin="lower", extent=(0, 1, 0, 1), alpha=0.45, interpolation="nearest")
+    axis.imshow(colours(predicted.numpy()), origin="lower", extent=(0, 1, 0, 1), alpha=0.45, interpolation="nearest")
     shown = (label < seen).numpy() & (np.arange(len(label)) % 4 == 0)
     axis.scatter(*points.numpy()[shown].T, c=colours(label.numpy()[shown]), s=5, linewidths=0)
     axis.set_xticks([])
