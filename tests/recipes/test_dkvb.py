@@ -230,10 +230,15 @@ def test_impossible_settings_are_told(
     config = dataclasses.replace(SMALL, **changes)
     if config.pretrained:
         monkeypatch.setattr(continual, "create_timm", _unreachable)
-    with pytest.raises(ValueError, match=told), Run.quick(tmp_path, name="dkvb", config=config) as run:
-        dkvb.check(config)
+    with pytest.raises(ValueError, match=told):
+        _run(config, tmp_path)
+    assert not list(tmp_path.glob("*/checkpoints/*")), "told before anything is trained"
+
+
+def _run(config: Config, folder: Path) -> None:
+    dkvb.check(config)
+    with Run.quick(folder, name="dkvb", config=config) as run:
         dkvb.run(config, run)
-    assert not list(run.dir.glob("checkpoints/*")), "told before anything is trained"
 
 
 def _unreachable(name: str, **kwargs: Any) -> None:

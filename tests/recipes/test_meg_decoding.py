@@ -15,14 +15,15 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from isthmus.codec import Codec, Loss, UserError
+import isthmus
+from isthmus.codec import Loss, UserError
 from isthmus.data import load
 from isthmus.encoders.signals.meg_conv import MEGConv
 from isthmus.engine import Run, Training
-from isthmus.recipes import _meg_decoding_course as courses
 from isthmus.recipes import meg_decoding
-from isthmus.recipes._meg_decoding_trials import Trials, averaged_predictions, read, retrieve
 from isthmus.recipes.meg_decoding import Config
+from isthmus.tasks.brain import course as courses
+from isthmus.tasks.brain.trials import Trials, averaged_predictions, read, retrieve
 
 SIZE = (
     "brain?subjects=2&trials=40&stimuli=6&repeats=2&features=4&sensors=12&geometry=sphere&noise=0.2"
@@ -70,7 +71,7 @@ def test_everything_is_measured_and_drawn(done: tuple[Path, dict[str, Any]]) -> 
 
 
 def test_the_kept_decoder_is_a_codec_of_its_own(done: tuple[Path, dict[str, Any]]) -> None:
-    codec = Codec.from_pretrained(done[0] / "decoder")
+    codec = isthmus.load(done[0]).model
     latents = codec(torch.randn(2, 12, 33), {"subject": torch.tensor([0, 1])}).prediction
     assert latents.retrieval.shape == latents.generation.shape == (2, 4)
 
@@ -98,7 +99,7 @@ def test_apply_decodes_arrays_and_tells_how_likely_what_was_seen(
     assert latents["retrieval"].shape == latents["generation"].shape == (24, 4)
     assert latents["pictures"].shape == latents["nearest"].shape == (24, 3, 24, 24)
     assert latents["pictures"].std(0).max() > 0, "they differ from trial to trial"
-    known = load_file(done[0] / "decoder" / "pictures.safetensors")["thumbs"].numpy()
+    known = load_file(done[0] / "kept" / "decoder" / "pictures.safetensors")["thumbs"].numpy()
     assert all((picture == known).all((1, 2, 3)).any() for picture in latents["nearest"])
 
 
@@ -115,16 +116,17 @@ def test_apply_takes_other_rates_and_other_sensors(done: tuple[Path, dict[str, A
     with pytest.raises(UserError, match="are needed; cut longer epochs"):
         meg_decoding.apply(done[0], [tmp_path / "short.npz"], tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="run the recipe to its end first"):
+    with pytest.raises(UserError, match="holds no kept model"):
         meg_decoding.apply(tmp_path / "empty", [tmp_path / "short.npz"], tmp_path / "out")
 
 
 def test_apply_finds_the_person_by_name(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Each file numbers its own words; the number that counts is that of training."""
     run_dir = tmp_path / "run"
-    shutil.copytree(done[0] / "decoder", run_dir / "decoder")
-    about = json.loads((run_dir / "decoder" / "about.json").read_text())
-    (run_dir / "decoder" / "about.json").write_text(json.dumps({**about, "people": ["ann", "eve.npz"]}))
+    shutil.copytree(done[0] / "kept" / "decoder", run_dir)
+    kept = json.loads((run_dir / "saved.json").read_text())
+    kept["facts"]["people"] = ["ann", "eve.npz"]
+    (run_dir / "saved.json").write_text(json.dumps(kept))
     bare = {"subject": np.array(["eve.npz"] * 24)}
     first = np.load(meg_decoding.apply(run_dir, [npz(tmp_path / "x.npz", **bare)], tmp_path / "1")[0])
     with np.load(npz(tmp_path / "whole.npz")) as whole:
@@ -165,7 +167,7 @@ def test_recordings_and_latents_of_a_vision_model(tmp_path: Path) -> None:
     metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
     assert "top5_cnn" in metrics
     assert "semantic_lag" not in metrics, "nobody knows the truth of a recording"
-    decoder: Any = Codec.from_pretrained(run.dir / "decoder").decoder
+    decoder: Any = isthmus.load(run.dir).model.decoder
     assert decoder.retrieval.out_features == timm.create_model("test_resnet").num_features
 
 

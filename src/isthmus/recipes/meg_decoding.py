@@ -15,41 +15,31 @@ samples is decoded as it comes.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from isthmus.catalog import published
-from isthmus.codec import Codec, UserError, save_weights, write_atomically
+from isthmus.codec import Codec, UserError, write_atomically
 from isthmus.data.builtin.brain.cortex import NETWORKS, mean_latency
 from isthmus.decoders.latent_heads import LatentHeads
-from isthmus.decoders.streaming import StreamingDecoder
 from isthmus.encoders.signals.meg_conv import MEGConv, from_official
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.layers.robust_scale import RobustScale
 from isthmus.objectives.latent_matching import LatentMatching
-from isthmus.recipes import _meg_decoding_course as courses
-from isthmus.recipes import _meg_decoding_pictures as pictures
-from isthmus.recipes import _meg_decoding_use as use
 from isthmus.recipes._image_classification import read_checkpoint
-from isthmus.recipes._meg_decoding_trials import (
-    Trials,
-    averaged_predictions,
-    predict,
-    read,
-    retrieve,
-    ridges,
-)
 from isthmus.report import figures
+from isthmus.tasks.brain import course as courses
+from isthmus.tasks.brain import generation as generating
+from isthmus.tasks.brain import streaming, using
+from isthmus.tasks.brain.trials import Trials, averaged_predictions, predict, predict_latents, read, retrieve, ridges
 
 needs = ("signal", "subject?", "label?", "image?")
+apply = using.apply
 
 
 @dataclass(frozen=True)
@@ -130,10 +120,14 @@ class Config:
         )
 
 
-def run(config: Config, run: Run) -> None:
-    """Train, compare with ridges, decode over time and from a stream, draw, and keep what ``apply`` needs."""
+def check(config: Config) -> None:
+    """Refuse what cannot be measured."""
     if not config.stride > 0 or config.k < 1:
         raise UserError(f"--stride must be above 0 and --k at least 1, got {config.stride} and {config.k}.")
+
+
+def run(config: Config, run: Run) -> None:
+    """Train, compare with ridges, decode over time and from a stream, draw, and keep what ``apply`` needs."""
     simulated = config.data.partition("?")[0] == "brain"
     train, test = (_read(config, run, config.data, split) for split in ("train", "test"))
     val = _read(config, run, config.data, "val")
@@ -160,7 +154,7 @@ def run(config: Config, run: Run) -> None:
 
     if simulated:
         strange = _read(config, run, f"{config.data}{'&' if '?' in config.data else '?'}unseen=1", "test")
-        predicted = use.predict(codec, scale, strange)[0]
+        predicted = predict_latents(codec, scale, strange)[0]
         run.metric("top5_cnn_unseen", retrieve(predicted, strange, config.k))
         linear = predict(found["ridges"], strange.scaled(scale))
         run.metric("top5_ridge_unseen", retrieve(linear, strange, config.k))
@@ -176,24 +170,12 @@ def run(config: Config, run: Run) -> None:
     )
 
     course = _over_time(config, run, simulated, train, test)
-    _stream(run, codec, scale, test, simulated)
-    generation = _paint(config, run, found["latents"], train.scaled(scale), test.scaled(scale))
-    run.figure("sensors", use.attention_map(codec.encoder, train.positions[0]), "Sensors by their share of attention.")
-    _keep(run, codec, scale, train, test, generation, course)
-
-
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Decode recordings: predicted latents, what was likely seen, and how it builds up over time.
-
-    For every ``.fif``, ``.npz`` or ``.npy``: ``NAME-latents.npz``, ``NAME-retrieval.json`` and ``NAME-course.png``; and
-    of trials, where the run had pictures, ``NAME-pictures.png`` with the nearest of training and generated ones (all of
-    these are in ``NAME-latents.npz`` too). A recording without trials is decoded as a stream, with the latency of every
-    step.
-
-    Raises:
-        UserError: the run kept no model, or no input can be decoded.
-    """
-    return use.apply(run_dir, inputs, out)
+    streaming.measure(run, codec, scale, test)
+    scaled = train.scaled(scale), test.scaled(scale)
+    generation = generating.paint(run, found["latents"], *scaled, config.painting, reported)
+    sensors = using.attention_map(codec.encoder, train.positions[0])
+    run.figure("sensors", sensors, "Sensors by their share of attention.")
+    using.keep(run, codec, scale, train, test, generation, course)
 
 
 def convert(path: Path, out: Path) -> Path:
@@ -264,9 +246,9 @@ def _compare(
     if training.patience is not None:
         every = training.evaluate_every or training.steps_per_epoch(len(train))
         training, evaluate = replace(training, evaluate_every=every), val.scaled(scale).loss_of(training.batch_size)
-    trained: Any = fit(run, phase, objective, train.memory(phase), training, evaluate=evaluate).objective
-    codec = trained.codec.cpu().eval()
-    latents = use.predict(codec, None, scaled_test)
+    result: Any = fit(run, phase, objective, train.memory(phase), training, evaluate=evaluate)
+    codec = (result.objective if result.ema is None else result.ema).codec.cpu().eval()
+    latents = predict_latents(codec, None, scaled_test)
     linear = ridges(train)
     by_ridge = predict(linear, scaled_test)
     mean_trials = scaled_test.averaged()
@@ -311,111 +293,3 @@ def _over_time(config: Config, run: Run, simulated: bool, train: Trials, test: T
         run.metric("low_peak", found["low_peak"], unit="s")
         run.metric("semantic_peak", found["semantic_peak"], unit="s")
     return {"times": [(a + b) / 2 for a, b in course.spans], **course.scores}
-
-
-def _stream(run: Run, codec: Codec, scale: RobustScale, test: Trials, simulated: bool) -> None:
-    """Push test trials sample by sample; tell how quickly answers come, and whether they are those of whole epochs."""
-    who = int(test.subject[0])
-    chosen = (test.subject == who).nonzero()[:20, 0]
-    rate = 1 / float(test.times[1] - test.times[0])
-    length, before = len(test.times), int((test.times < 0).sum())
-    positions = test.positions[chosen[0]]
-    decoder = StreamingDecoder(codec, scale, rate, length, before, max(1, round(rate * 0.025)), who, positions)
-    steps, difference = [], 0.0
-    for trial in chosen.tolist():
-        decoder.reset()
-        taken = [step for sample in test.signal[trial].mT for step in decoder.push(sample[:, None])]
-        whole = use.predict(codec, scale, replace(test, **{
-            name: getattr(test, name)[trial : trial + 1] for name in ("signal", "subject", "positions")
-        }))[0]  # fmt: skip
-        difference = max(difference, float((taken[-1].latents.retrieval - whole).abs().max() / whole.abs().max()))
-    decoder.reset()
-    for trial in chosen.tolist():
-        steps += [step for sample in test.signal[trial].mT for step in decoder.push(sample[:, None])]
-        if sum(step.milliseconds for step in steps) > _STREAM_BUDGET:
-            break
-    spent = torch.tensor([step.milliseconds for step in steps])
-    run.metric("stream_difference", difference)
-    run.metric("stream_milliseconds", float(spent.median()), unit="ms")
-    run.metric("stream_slowest", float(spent.max()), unit="ms")
-    run.metric("stream_speed", decoder.stride / rate * 1000 / float(spent.median()))
-    run.metric("stream_latency", sorted(step.latency for step in steps)[len(steps) // 2], unit="s")
-    run.figure("stream", use.stream_figure(steps, decoder.stride / rate), "Computing time of every step of the stream.")
-
-
-# --------------------------------------------------------------------------------------------------------- generation
-
-
-def _paint(
-    config: Config, run: Run, latents: tuple[Tensor, Tensor], train: Trials, test: Trials
-) -> pictures.Generation | None:
-    """Pictures of test stimuli from predicted latents: nearest neighbours, and the conditional decoder."""
-    if train.image is None or test.image is None:
-        run.note("The data have no pictures, so none were generated.")
-        return None
-    mean_trials = test.averaged()
-    assert mean_trials.image is not None
-    predicted = averaged_predictions(latents[1], test)
-    inputs, told, low = train.latent, predicted, {}
-    if train.low is not None:  # what the latent does not tell, a ridge reads from the signal, as the papers do
-        low = ridges(train, train.low)
-        inputs, told = torch.cat([inputs, train.low], 1), torch.cat([told, predict(low, mean_trials)], 1)
-    painter = pictures.teach(run, inputs, train.image, config.painting).cpu().eval()
-    spread = told.std(0) if len(told) > 1 else torch.zeros_like(told[0])
-    moments = {"mean": inputs.mean(0), "std": inputs.std(0), "own_mean": told.mean(0), "own_std": spread}
-    thumbs = pictures.small_pictures(train.image)
-    generation = pictures.Generation(painter, train.latent, thumbs, moments, low)
-    painted, near = generation.of(predicted, mean_trials)
-    seen = pictures.small_pictures(mean_trials.image).float() / 255
-    for name, made in (("painted", painted), ("nearest", near)):
-        for measure, value in pictures.scores(made, seen).items():
-            metric = f"{measure}_{name}"
-            run.metric(metric, value, published=published("meg-decoding").get(metric))
-    run.metric("pixcorr_shuffled", pictures.scores(painted.roll(1, 0), seen)["pixcorr"])
-    rows = {"seen": seen, "nearest": near, "generated": painted}
-    run.figure("pictures", pictures.draw(rows), "Test pictures, the nearest of training, and the decoder's.")
-    return generation
-
-
-_STREAM_BUDGET = 5000
-"""Milliseconds of computing after which a stream has shown what it can do."""
-
-
-# ------------------------------------------------------------------------------------------------------------ keeping
-
-
-def _keep(
-    run: Run,
-    codec: Codec,
-    scale: RobustScale,
-    train: Trials,
-    test: Trials,
-    generation: pictures.Generation | None,
-    course: Mapping[str, Any],
-) -> None:
-    """The folder ``decoder/`` that :func:`apply` and Python users load."""
-    folder = run.dir / use.FOLDER
-    if run.is_first:
-        codec.save_pretrained(folder)
-        save_weights(scale, folder / use.SCALE)
-        seen, shown = train.stimuli()[0], test.stimuli()[0]  # repeats are one candidate
-        candidates = torch.cat([train.latent[seen], test.latent[shown]])
-        stimulus = torch.cat([train.stimulus[seen], test.stimulus[shown]])
-        label = stimulus
-        if train.label is not None and test.label is not None:
-            label = torch.cat([train.label[seen], test.label[shown]])
-        tensors = {"latent": candidates, "stimulus": stimulus, "label": label, "times": train.times}
-        write_atomically(folder / use.CANDIDATES, save({name: t.contiguous() for name, t in tensors.items()}))
-        about = {
-            "recordings": len(scale.centre),
-            "channels": scale.centre.shape[1],
-            "names": None if train.names is None else list(train.names),
-            "people": None if train.people is None else list(train.people),
-            "course": dict(course),
-        }
-        write_atomically(folder / use.ABOUT, json.dumps(about, indent=1).encode())
-        if generation is not None:
-            generation.save(folder)
-    run.artifact(
-        "decoder", folder / "model.safetensors", "the convnet with its heads; isthmus apply decodes recordings"
-    )

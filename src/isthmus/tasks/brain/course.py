@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from isthmus.metrics.retrieval import columnwise_correlation
-from isthmus.recipes._meg_decoding_trials import Trials, predict, ridges
+from isthmus.tasks.brain.trials import Trials, predict, ridges
 
 WIDTH, STRIDE = 0.1, 0.05
 FLOOR = 0.01

@@ -21,7 +21,7 @@ from isthmus.decoders.ridge import Ridge, match_moments
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.metrics.retrieval import correlation, two_way_identification
-from isthmus.recipes._meg_decoding_trials import Trials, cosine, predict
+from isthmus.tasks.brain.trials import Trials, averaged_predictions, cosine, predict, ridges
 
 SIZE = 24
 _PAINTER, _KNOWN = "painter.safetensors", "pictures.safetensors"
@@ -146,3 +146,48 @@ def draw(rows: Mapping[str, Tensor], columns: int = 10) -> Figure:
             axis.set_yticks([])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     return figure
+
+
+def paint(
+    run: Run,
+    latents: tuple[Tensor, Tensor],
+    train: Trials,
+    test: Trials,
+    training: Training,
+    published: Mapping[str, str],
+) -> Generation | None:
+    """Pictures of test stimuli from predicted latents: nearest neighbours, and the conditional decoder.
+
+    Args:
+        run: which records scores and pictures.
+        latents: of both heads for every test trial.
+        train: scaled trials.
+        test: likewise.
+        training: of the conditional decoder.
+        published: figures of the paper, by metric.
+    """
+    if train.image is None or test.image is None:
+        run.note("The data have no pictures, so none were generated.")
+        return None
+    mean_trials = test.averaged()
+    assert mean_trials.image is not None
+    predicted = averaged_predictions(latents[1], test)
+    inputs, given, low = train.latent, predicted, {}
+    if train.low is not None:  # what the latent does not tell, a ridge reads from the signal, as the papers do
+        low = ridges(train, train.low)
+        inputs, given = torch.cat([inputs, train.low], 1), torch.cat([given, predict(low, mean_trials)], 1)
+    painter = teach(run, inputs, train.image, training).cpu().eval()
+    spread = given.std(0) if len(given) > 1 else torch.zeros_like(given[0])
+    moments = {"mean": inputs.mean(0), "std": inputs.std(0), "own_mean": given.mean(0), "own_std": spread}
+    thumbs = small_pictures(train.image)
+    generation = Generation(painter, train.latent, thumbs, moments, low)
+    painted, near = generation.of(predicted, mean_trials)
+    seen = small_pictures(mean_trials.image).float() / 255
+    for name, made in (("painted", painted), ("nearest", near)):
+        for measure, value in scores(made, seen).items():
+            metric = f"{measure}_{name}"
+            run.metric(metric, value, published=published.get(metric))
+    run.metric("pixcorr_shuffled", scores(painted.roll(1, 0), seen)["pixcorr"])
+    rows = {"seen": seen, "nearest": near, "generated": painted}
+    run.figure("pictures", draw(rows), "Test pictures, the nearest of training, and the decoder's.")
+    return generation

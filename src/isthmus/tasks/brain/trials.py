@@ -1,4 +1,4 @@
-"""Trials for the recipe ``meg-decoding``: signals, latents and candidates from any source; and the linear baseline."""
+"""Trials: signals, latents and candidates from any source; and the linear baseline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isthmus.codec import UserError
+from isthmus.codec import Codec, UserError
 from isthmus.data import Memory, load
 from isthmus.data.readers.decoding import decode_image
 from isthmus.decoders.ridge import Ridge
@@ -21,7 +21,8 @@ from isthmus.metrics.retrieval import topk_accuracy
 
 ALPHAS = tuple(10.0**power for power in range(8))
 _PICTURES = 64  # embedded at once
-_TAUGHT = ("signal", "subject", "latent", "positions")  # what training reads
+_TRIALS = 256  # predicted at once
+_TRAINED = ("signal", "subject", "latent", "positions")  # what training reads
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Trials:
 
     def memory(self, name: str) -> Memory:
         """A dataset of what training reads."""
-        return Memory(name, {column: getattr(self, column) for column in _TAUGHT})
+        return Memory(name, {column: getattr(self, column) for column in _TRAINED})
 
     def loss_of(self, batch_size: int) -> Callable[[nn.Module], dict[str, float]]:
         """A function of an objective: its mean ``loss`` over these trials, in batches of about that size.
@@ -97,7 +98,7 @@ class Trials:
         def loss(objective: nn.Module) -> dict[str, float]:
             device, total = next(objective.parameters()).device, 0.0
             for rows in torch.arange(len(self)).tensor_split(-(-len(self) // batch_size)):
-                batch = {column: getattr(self, column)[rows].to(device) for column in _TAUGHT}
+                batch = {column: getattr(self, column)[rows].to(device) for column in _TRAINED}
                 total += len(rows) * float(objective(batch, torch.Generator()).loss)
             return {"loss": total / len(self)}
 
@@ -222,3 +223,14 @@ def predict(models: dict[int, Ridge], trials: Trials, span: tuple[float, float] 
         known: Sequence[Ridge] = [models[who]] if who in models else list(models.values())
         found[rows] = torch.stack([model(signal[rows]) for model in known]).mean(0)
     return found
+
+
+@torch.no_grad()
+def predict_latents(codec: Codec, scale: RobustScale | None, trials: Trials) -> tuple[Tensor, Tensor]:
+    """Latents of the retrieval and the generation head for every trial: two ``(N, F)``."""
+    found: list[Any] = []
+    for rows in torch.arange(len(trials.signal)).split(_TRIALS):
+        signal, subject = trials.signal[rows], trials.subject[rows]
+        signal = signal if scale is None else scale(signal, subject)
+        found.append(codec(signal, {"subject": subject, "positions": trials.positions[rows]}).prediction)
+    return torch.cat([f.retrieval for f in found]), torch.cat([f.generation for f in found])

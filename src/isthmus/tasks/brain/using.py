@@ -1,60 +1,52 @@
-"""Using a trained MEG decoder: predictions for trials, for files (``isthmus apply``), and pictures of both."""
+"""A trained decoder of recordings, kept and at work: predictions for files of ``isthmus apply``, and figures."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from isthmus.codec import Codec, UserError, load_weights, write_atomically
+from isthmus import saved
+from isthmus.codec import Codec, UserError, load_weights, save_weights, write_atomically
+from isthmus.data.inputs import Inputs
 from isthmus.data.readers.recordings import Recording
 from isthmus.data.readers.recordings import read as read_recording
-from isthmus.decoders.streaming import Step, StreamingDecoder
+from isthmus.decoders.streaming import StreamingDecoder
+from isthmus.engine import Run
 from isthmus.layers.robust_scale import RobustScale, baseline
 from isthmus.metrics.retrieval import columnwise_correlation
-from isthmus.recipes import _meg_decoding_pictures as pictures
-from isthmus.recipes._meg_decoding_trials import Trials, cosine
+from isthmus.tasks.brain import generation, streaming
+from isthmus.tasks.brain.trials import Trials, cosine, predict_latents
 
-FOLDER, SCALE, CANDIDATES, ABOUT = "decoder", "scale.safetensors", "candidates.safetensors", "about.json"
-_BATCH = 256
+SCALE, CANDIDATES = "scale.safetensors", "candidates.safetensors"
 _OWN_SCALE = 10
 """Trials that a recording needs for a scale of its own."""
 _BEST = 5
 
 
-@torch.no_grad()
-def predict(codec: Codec, scale: RobustScale | None, trials: Trials) -> tuple[Tensor, Tensor]:
-    """Latents of the retrieval and the generation head for every trial: two ``(N, F)``."""
-    found: list[Any] = []
-    for rows in torch.arange(len(trials.signal)).split(_BATCH):
-        signal, subject = trials.signal[rows], trials.subject[rows]
-        signal = signal if scale is None else scale(signal, subject)
-        found.append(codec(signal, {"subject": subject, "positions": trials.positions[rows]}).prediction)
-    return torch.cat([f.retrieval for f in found]), torch.cat([f.generation for f in found])
-
-
 class Kept:
-    """What a run left in its folder ``decoder/``."""
+    """A decoder that a run kept, with the scale, the candidates and the pictures it was trained with."""
 
     def __init__(self, run_dir: Path) -> None:
-        folder = run_dir / FOLDER
-        if not (folder / ABOUT).is_file():
-            raise UserError(f"{run_dir} has no {FOLDER}/{ABOUT}; run the recipe to its end first.")
-        self.about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        self.codec = Codec.from_pretrained(folder)
-        self.scale = RobustScale(self.about["channels"], self.about["recordings"])
+        kept = saved.load(run_dir)
+        if kept.inputs.kind != "recording" or not isinstance(kept.model, Codec) or kept.folder is None:
+            raise UserError(f"{run_dir} keeps no decoder of recordings.")
+        folder, self.about, self.codec, self.names = kept.folder, kept.facts, kept.model, kept.labels
+        self.scale = RobustScale(kept.inputs.channels, self.about["recordings"])
         load_weights(self.scale, folder / SCALE)
-        self.generation = pictures.Generation.load(folder)
-        kept = load_file(folder / CANDIDATES)
-        self.latent, self.stimulus, self.label, self.times = (kept[n] for n in ("latent", "stimulus", "label", "times"))
+        self.generation = generation.Generation.load(folder)
+        candidates = load_file(folder / CANDIDATES)
+        self.channels = kept.inputs.channels
+        self.latent, self.stimulus, self.label = (candidates[name] for name in ("latent", "stimulus", "label"))
+        self.times = candidates["times"]
 
     @property
     def subjects(self) -> int:
@@ -65,7 +57,7 @@ class Kept:
         """Scaled by the recording's own values where there are enough trials, else by those of training."""
         if len(signal) >= _OWN_SCALE:
             return RobustScale(signal.shape[1]).fit(signal)(signal)
-        if signal.shape[1] != self.about["channels"]:
+        if signal.shape[1] != self.channels:
             raise UserError(
                 f"{len(signal)} trials are too few for a scale of their own ({_OWN_SCALE} are needed), and the kept "
                 f"one has {self.about['channels']} channels, not {signal.shape[1]}."
@@ -73,8 +65,17 @@ class Kept:
         return self.scale(signal, subject)
 
 
-def apply(run_dir: Path, inputs: Sequence[Path], out: Path) -> list[Path]:
-    """See :func:`isthmus.recipes.meg_decoding.apply`."""
+def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
+    """Decode recordings: predicted latents, what was likely seen, and how it builds up over time.
+
+    For every ``.fif``, ``.npz`` or ``.npy``: ``NAME-latents.npz``, ``NAME-retrieval.json`` and ``NAME-course.png``; and
+    of trials, where the run had pictures, ``NAME-pictures.png`` with the nearest of training and generated ones (all of
+    these are in ``NAME-latents.npz`` too). A recording without trials is decoded as a stream, with the latency of every
+    step.
+
+    Raises:
+        UserError: the run kept no model, or no input can be decoded.
+    """
     kept, written, refused = Kept(run_dir), [], []
     for path in inputs:
         try:
@@ -145,20 +146,20 @@ def _decoded(kept: Kept, recording: Recording, subject: Tensor) -> _Made:
     signal = kept.scale_for(signal, subject)
     positions = recording.positions.expand(len(signal), -1, -1)
     trials = Trials(signal, subject, torch.arange(len(signal)), torch.zeros(len(signal), 1), positions, kept.times)
-    retrieval, generation = predict(kept.codec, None, trials)
+    retrieval, generated = predict_latents(kept.codec, None, trials)
     trials_told = [{"trial": number, **entry} for number, entry in enumerate(_best(kept, retrieval))]
     told: dict[str, Any] = {"trials": trials_told, "candidates": len(kept.latent)}
     truth = recording.columns.get("latent")
     if isinstance(truth, Tensor) and truth.shape == retrieval.shape:
-        told["correlation"] = round(float(columnwise_correlation(generation, truth.float()).mean()), 4)
-    arrays = {"retrieval": retrieval.numpy(), "generation": generation.numpy(), "times": kept.times.numpy()}
+        told["correlation"] = round(float(columnwise_correlation(generated, truth.float()).mean()), 4)
+    arrays = {"retrieval": retrieval.numpy(), "generation": generated.numpy(), "times": kept.times.numpy()}
     figures = [_build_up(kept, trials, retrieval)]
     if kept.generation is not None:
-        if kept.generation.low and signal.shape[1] != kept.about["channels"]:
-            told["pictures"] = f"none: they need the {kept.about['channels']} channels of training"
+        if kept.generation.low and signal.shape[1] != kept.channels:
+            told["pictures"] = f"none: they need the {kept.channels} channels of training"
         else:
-            painted, near = kept.generation.of(generation, trials)
-            figures.append(pictures.draw({"nearest": near, "generated": painted}))
+            painted, near = kept.generation.of(generated, trials)
+            figures.append(generation.draw({"nearest": near, "generated": painted}))
             arrays |= {"pictures": (255 * painted).round().to(torch.uint8).numpy(),
                        "nearest": (255 * near).round().to(torch.uint8).numpy()}  # fmt: skip
     return arrays, told, *figures
@@ -167,7 +168,7 @@ def _decoded(kept: Kept, recording: Recording, subject: Tensor) -> _Made:
 def _best(kept: Kept, retrieval: Tensor) -> list[dict[str, Any]]:
     """The likeliest candidates of every prediction, with their cosines."""
     best = cosine(retrieval, kept.latent).topk(min(_BEST, len(kept.latent)))
-    names = kept.about["names"]
+    names = kept.names
     entries = []
     for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         labels = [int(kept.label[i]) for i in places]
@@ -191,7 +192,7 @@ def _build_up(kept: Kept, trials: Trials, final: Tensor) -> Figure:
         hidden[..., moment + 1 :] = 0
         part = Trials(hidden, trials.subject[:shown], trials.stimulus[:shown], trials.latent[:shown],
                       trials.positions[:shown], trials.times)  # fmt: skip
-        early = predict(kept.codec, None, part)[0]
+        early = predict_latents(kept.codec, None, part)[0]
         likeness.append(float(torch.nn.functional.cosine_similarity(early, final[:shown]).mean()))
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axis = figure.subplots()
@@ -232,21 +233,7 @@ def _streamed(kept: Kept, recording: Recording, subject: Tensor) -> _Made:
         for step, entry in zip(steps, _best(kept, retrieval), strict=True)
     ]
     arrays = {"retrieval": retrieval.numpy(), "times": np.array([step.time for step in steps])}
-    return arrays, {"steps": told, "candidates": len(kept.latent)}, stream_figure(steps, decoder.stride / rate)
-
-
-def stream_figure(steps: Sequence[Step], stride: float) -> Figure:
-    """Computing time of every step, and what real time allows."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([step.time for step in steps], [step.milliseconds for step in steps], ".", markersize=3)
-    axis.axhline(1000 * stride, color="tab:red", linewidth=0.8, label="one stride: real time")
-    axis.set_yscale("log")
-    axis.set_xlabel("seconds of the stream")
-    axis.set_ylabel("milliseconds a step")
-    axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure
+    return arrays, {"steps": told, "candidates": len(kept.latent)}, streaming.draw(steps, decoder.stride / rate)
 
 
 @torch.no_grad()
@@ -261,3 +248,47 @@ def attention_map(encoder: Any, positions: Tensor) -> Figure:
     axis.set_aspect("equal")
     axis.axis("off")
     return figure
+
+
+def keep(
+    run: Run,
+    codec: Codec,
+    scale: RobustScale,
+    train: Trials,
+    test: Trials,
+    painter: generation.Generation | None,
+    course: Mapping[str, Any],
+) -> None:
+    """Save a decoder with its scale, its candidates, and what makes pictures of its predictions.
+
+    Args:
+        run: in whose folder.
+        codec: signals to latents.
+        scale: of the training recordings.
+        train: its stimuli are candidates.
+        test: so are these.
+        painter: where the data had pictures.
+        course: scores over time, as a fact.
+    """
+    folder = run.dir / saved.KEPT / "decoder"
+    if run.is_first:
+        seen, shown = train.stimuli()[0], test.stimuli()[0]  # repeats are one candidate
+        candidates = torch.cat([train.latent[seen], test.latent[shown]])
+        stimulus = torch.cat([train.stimulus[seen], test.stimulus[shown]])
+        label = stimulus
+        if train.label is not None and test.label is not None:
+            label = torch.cat([train.label[seen], test.label[shown]])
+        tensors = {"latent": candidates, "stimulus": stimulus, "label": label, "times": train.times}
+        save_weights(scale, folder / SCALE)
+        write_atomically(folder / CANDIDATES, save({name: t.contiguous() for name, t in tensors.items()}))
+        if painter is not None:
+            painter.save(folder)
+        facts = {
+            "recordings": len(scale.centre),
+            "people": None if train.people is None else list(train.people),
+            "course": dict(course),
+        }
+        rate = round(1 / float(train.times[1] - train.times[0]), 6)
+        inputs = Inputs("recording", channels=scale.centre.shape[1], rate=rate)
+        saved.save(folder, codec, inputs, train.names, facts)
+    run.artifact("decoder", folder, "signals to latents, with the scale and the candidates of training")
