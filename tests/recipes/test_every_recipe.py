@@ -98,7 +98,7 @@ def test_claims_and_published_figures_are_about_metrics_that_the_recipe_names(re
 def named_by(system: System) -> list[str]:
     """Every string of a system's recipe and of what recipes share, as a pattern."""
     folder = Path(catalog.__file__).parents[1]
-    shared = [folder / "engine" / "comparison.py", *folder.glob("tasks/*.py")]
+    shared = [folder / "engine" / "comparison.py", *folder.glob("tasks/**/*.py")]
     sources = [system.recipe, *folder.glob(f"recipes/_{system.module}*.py"), *shared]
     return [pattern for path in sources for pattern in strings(path.read_text(encoding="utf-8"))]
 
