@@ -60,7 +60,7 @@ class Kept:
         if signal.shape[1] != self.channels:
             raise UserError(
                 f"{len(signal)} trials are too few for a scale of their own ({_OWN_SCALE} are needed), and the kept "
-                f"one has {self.about['channels']} channels, not {signal.shape[1]}."
+                f"one has {self.channels} channels, not {signal.shape[1]}."
             )
         return self.scale(signal, subject)
 
