@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import record, table
 import isthmus
+from benchmarks.common import record, table
 from isthmus import data
 from isthmus.data import evaluation_batches
 from isthmus.data.readers.local import local
