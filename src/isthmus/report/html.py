@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import re
 import struct
 from collections.abc import Callable, Sequence
 from html import escape
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from isthmus import __version__, catalog
+from isthmus.report.cells import breakable, cell, duration, in_words, moment, number, table
 from isthmus.report.plot import COLOURS, Curve, plot
 from isthmus.report.record import read
+from isthmus.report.using import apply_line, explained, line_for
 
 DRIVING = ("lr", "weight_decay", "gradient_norm")  # scalars about the optimiser, not about what was learnt
 SMALL = 320  # pictures narrower than this are drawn enlarged, with their pixels visible
@@ -106,7 +107,7 @@ def _status(runs: list[_Run]) -> str:
         if status == "finished":
             continue
         sentence = {
-            "running": f"is running, or was killed: last heard of {_moment(run.data['updated'])}.",
+            "running": f"is running, or was killed: last heard of {moment(run.data['updated'])}.",
             "interrupted": "was interrupted and can be resumed.",
             "failed": "failed.",
         }.get(status, f"is {status}.")
@@ -144,18 +145,18 @@ def _claims(runs: list[_Run], record: dict[str, Any] | None) -> str:
     for name, claim in entries.items():
         bar = f"{claim['metric']} {claim['bar']}" + (", every seed" if claim["rule"] == "every" else "")
         cells = [
-            _cell(escape(claim["text"]), "claim"),
-            _cell(f"<code>{_breakable(bar)}</code>", "bar", "bar"),
-            _cell(escape(claim["published"] or "–"), label="published"),
+            cell(escape(claim["text"]), "name claim"),
+            cell(f"<code>{breakable(bar)}</code>", "bar", "bar"),
+            cell(escape(claim["published"] or "–"), label="published"),
         ]
         for head, run in zip(heads[3:], runs, strict=False):
             own = next((c for c in run.data["claims"] if c["name"] == name), None)
-            cells.append(_cell(_mark(own["holds"], _number(own["value"])) if own else "–", "number", head))
+            cells.append(cell(_mark(own["holds"], number(own["value"])) if own else "–", "number", head))
         if shown:
             verdict = verdicts.get(name)
             fits = _fits(claim, verdict)
             figure = catalog.figure_of(verdict) if fits and verdict else ""
-            cells.append(_cell(_mark(verdict["holds"], figure) if fits and verdict else "–", "number", "over seeds"))
+            cells.append(cell(_mark(verdict["holds"], figure) if fits and verdict else "–", "number", "over seeds"))
         rows.append(cells)
     told = (
         "One run uses one seed, so its marks are indicative; <code>isthmus claim</code> gives the verdict over seeds."
@@ -163,7 +164,7 @@ def _claims(runs: list[_Run], record: dict[str, Any] | None) -> str:
     if record and shown:
         seeds = ", ".join(map(str, record["seeds"]))
         told += f" Recorded {escape(record['date'][:10])} with seeds {escape(seeds)}."
-    return f'{_table(columns, rows, "cards")}<p class="soft">{told}</p>'
+    return f'{table(columns, rows, "cards")}<p class="soft">{told}</p>'
 
 
 def _fits(claim: dict[str, Any], verdict: dict[str, Any] | None) -> bool:
@@ -185,16 +186,18 @@ def _metrics(runs: list[_Run]) -> str:
     units = any(metric["unit"] for metric in entries.values())
     published = any(metric["published"] for metric in entries.values())
     heads = [("", ""), *((run.label if len(runs) > 1 else "measured", "number") for run in runs)]
-    heads += [("", "")] * units + [("published", "")] * published
+    heads += [("unit", "")] * units + [("published", "")] * published
+    meanings = explained(runs[0].data["system"])
     rows = []
     for name, metric in entries.items():
-        cells = [_cell(escape(name))]
-        for run in runs:
+        meaning = f'<br><span class="soft">{escape(meanings[name])}</span>' if name in meanings else ""
+        cells = [cell(f"<code>{breakable(name)}</code>{meaning}", "name")]
+        for (head, _), run in zip(heads[1:], runs, strict=False):
             own = run.data["metrics"].get(name)
-            cells.append(_cell(_number(own["value"]) if own else "–", "number"))
-        cells += [_cell(escape(metric["unit"]), "soft")] * units
-        rows.append(cells + [_cell(escape(metric["published"] or ""))] * published)
-    return _table(heads, rows, "narrow")
+            cells.append(cell(number(own["value"]) if own else "–", "number", head))
+        cells += [cell(escape(metric["unit"]), "soft", "unit")] * units
+        rows.append(cells + [cell(escape(str(metric["published"] or "")), label="published")] * published)
+    return table(heads, rows, "narrow cards")
 
 
 def _curves(runs: list[_Run]) -> str:
@@ -206,7 +209,7 @@ def _curves(runs: list[_Run]) -> str:
         if drawn:
             ends = {label: next(y for y in reversed(curve.y) if y is not None) for label, curve in curves.items()}
             lines = [
-                f'<span><i style="background:var(--s{index % COLOURS})"></i>{escape(label)} {_number(end)}</span>'
+                f'<span><i style="background:var(--s{index % COLOURS})"></i>{escape(label)} {number(end)}</span>'
                 for index, (label, end) in enumerate(ends.items())
             ]
             caption = f'{escape(title)} over steps; last values<div class="legend">{"".join(lines)}</div>'
@@ -260,8 +263,9 @@ def _picture(run: _Run, figure: dict[str, Any], label: str) -> str:
     kind = ' class="small"' if zoom > 1 else ""
     source = base64.b64encode(data).decode()
     return (
-        f'<figure><img{kind} src="data:image/png;base64,{source}" width="{width * zoom}" height="{height * zoom}" '
-        f'alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+        f'<figure><div class="scroll"><img{kind} src="data:image/png;base64,{source}" width="{width * zoom}" '
+        f'height="{height * zoom}" style="--own:{width * zoom}px" alt="{caption}"></div>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -276,42 +280,74 @@ def _notes(runs: list[_Run]) -> str:
 
 
 def _artifacts(runs: list[_Run]) -> str:
-    told = [
-        f"<dt><code>{escape(str(run.folder / artifact['path']))}</code></dt><dd>{escape(artifact['text'])}</dd>"
-        for run in runs
-        for artifact in run.data["artifacts"]
-    ]
-    return f"<dl>{''.join(told)}</dl>" if told else ""
+    """Every file that was left for use, what it is, and the line that uses it."""
+    told = []
+    for run in runs:
+        for artifact in run.data["artifacts"]:
+            path = run.folder / artifact["path"]
+            line = line_for(path, artifact["text"])
+            paste = f'<code class="paste">{escape(line)}</code>' if line else ""
+            told.append(f"<dt><code>{escape(str(path))}</code></dt><dd>{escape(artifact['text'])}{paste}</dd>")
+    used = "".join(f'<p><code class="paste">{escape(line)}</code></p>' for line in map(_use, runs) if line and told)
+    return f"<dl>{''.join(told)}</dl>{used}" if told else ""
+
+
+def _use(run: _Run) -> str | None:
+    try:
+        system = catalog.find(run.data["system"])
+    except catalog.UnknownSystem:
+        return None
+    return apply_line(system, run.folder) if run.data["status"] == "finished" else None
 
 
 def _settings(runs: list[_Run]) -> str:
-    def flat(data: dict[str, Any]) -> dict[str, Any]:
-        return {**data["config"], "seed": data["seed"], "scale": data["scale"], **data["options"]}
-
+    """The command, its settings as a table, and those of every part that has some of its own, folded away."""
     commands = list(dict.fromkeys(run.data["command"] for run in runs if run.data["command"]))
-    told = "".join(f"<p><code>{escape(command)}</code></p>" for command in commands)
-    return told + _facts(runs, flat)
+    told = "".join(f'<p><code class="paste">{escape(command)}</code></p>' for command in commands)
+    every = [
+        _flat({**run.data["config"], "seed": run.data["seed"], "scale": run.data["scale"], **run.data["options"]})
+        for run in runs
+    ]
+    parts = dict.fromkeys(name.rpartition(".")[0] for settings in every for name in settings)
+    for part in parts:
+        own = [{n: value for n, value in each.items() if n.rpartition(".")[0] == part} for each in every]
+        shown = _facts(runs, own)
+        differ = ", which differ" if any(each != own[0] for each in own) else ""
+        summary = f"{escape(part)}: {len({*itertools.chain(*own)})} settings{differ}"
+        told += f"<details><summary>{summary}</summary>{shown}</details>" if part else shown
+    return told
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of parts under ``part.name``, as their flags are called."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, dict) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found
 
 
 def _environment(runs: list[_Run]) -> str:
     def flat(data: dict[str, Any]) -> dict[str, Any]:
         machine = {key: value for key, value in data["hardware"].items() if value is not None}
-        spent = {"started": _moment(data["started"]), "time": _duration(data["seconds"])}
+        spent = {"started": moment(data["started"]), "time": duration(data["seconds"])}
         commit, _, changes = (data["commit"] or "not a checkout").partition("+")
         return {**spent, **machine, **data["versions"], "commit": " + ".join(filter(None, (commit[:14], changes)))}
 
-    return _facts(runs, flat)
+    return _facts(runs, [flat(run.data) for run in runs])
 
 
-def _facts(runs: list[_Run], facts: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
+def _facts(runs: list[_Run], columns: list[dict[str, Any]]) -> str:
     """Names and values, one column a run; a row where the runs differ is marked."""
-    columns = [facts(run.data) for run in runs]
+    heads = [run.label if len(runs) > 1 else "" for run in runs]
     rows = []
     for key in dict.fromkeys(itertools.chain.from_iterable(columns)):
-        values = [_value(column[key]) if key in column else "–" for column in columns]
+        values = [in_words(column[key]) if key in column else "–" for column in columns]
         differs = "differs" if len(set(values)) > 1 else ""
-        rows.append([_cell(escape(key)), *(_cell(f"<code>{escape(value)}</code>", differs) for value in values)])
-    return _table(["", *(run.label for run in runs)] if len(runs) > 1 else [], rows, "narrow")
+        pairs = zip(values, heads, strict=True)
+        cells = [cell(f"<code>{escape(value)}</code>", differs, head) for value, head in pairs]
+        rows.append([cell(breakable(key), "name"), *cells])
+    return table(["", *heads] if len(runs) > 1 else [], rows, "narrow cards" if len(runs) > 1 else "narrow")
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -324,45 +360,3 @@ def _merged(runs: list[_Run], entries: Callable[[dict[str, Any]], dict[str, Any]
         for name, entry in entries(run.data).items():
             merged.setdefault(name, entry)
     return merged
-
-
-def _cell(content: str, kind: str = "", label: str = "") -> str:
-    attributes = f' class="{kind}"' if kind else ""
-    attributes += f' data-label="{escape(label)}"' if label else ""
-    return f"<td{attributes}>{content}</td>"
-
-
-def _table(heads: Sequence[str | tuple[str, str]], rows: list[list[str]], kind: str) -> str:
-    """A table; a head is its text, or its text and its class."""
-    pairs = [(head, "") if isinstance(head, str) else head for head in heads]
-    cells = "".join(f'<th class="{style}">{escape(text)}</th>' for text, style in pairs)
-    head = f"<thead><tr>{cells}</tr></thead>" if heads else ""
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
-
-
-def _breakable(bar: str) -> str:
-    """Lines may break after an underscore, not between a comparison sign and its number."""
-    return re.sub(r"([≥≤] \S+)", r'<span class="whole">\1</span>', escape(bar).replace("_", "_<wbr>"))
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(_value, value))
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _moment(iso: str) -> str:
-    return iso.replace("T", " ").replace("Z", " UTC")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
