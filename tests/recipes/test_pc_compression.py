@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from isthmus import catalog
+from isthmus.cli.running import applicable_claims
 from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.engine import Run
+from isthmus.engine import Run, RunOptions
 from isthmus.priors.circuit import HCLT
 from isthmus.priors.circuit_tree import chain
 from isthmus.recipes import _pc_compression_pictures as pictures
@@ -78,6 +80,54 @@ def _inner(folder: Path) -> int:
     return len(load_file(folder / "circuits" / "chow_liu.safetensors")["sums"])
 
 
+def converted(run: Path, inputs: list[Path], out: Path) -> list[Path]:
+    answers, *written = pc_compression.apply(run, inputs, out)
+    assert answers == out / "answers.json"
+    return written
+
+
+def test_one_unusable_picture_is_skipped_and_named(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (9, 9), "red").save(tmp_path / f"{name}.png")
+    Image.fromarray(np.full((3, 3), 40000, np.uint16)).save(tmp_path / "b.png")
+    (tmp_path / "cut.pcz").write_bytes(b"\x89PCZ\x01")
+    inputs = [tmp_path / name for name in ("a.png", "b.png", "cut.pcz", "c.png")]
+    assert [path.name for path in converted(done[0], inputs, tmp_path / "out")] == ["a.pcz", "c.pcz"]
+    told = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert "does not have 8 bits a channel" in told[str(inputs[1])]["skipped"]
+    assert "damaged or cut short" in told[str(inputs[2])]["skipped"]
+    size = (tmp_path / "out" / "a.pcz").stat().st_size
+    entry = told[str(inputs[0])]
+    assert (entry["file"], entry["pixels"], entry["bytes"]) == ("a.pcz", "9 x 9, RGB", size)
+    assert entry["bytes_before"] == inputs[0].stat().st_size
+    assert entry["bits_per_dimension"] == pytest.approx(8 * size / 243, abs=1e-3)
+
+
+def test_own_photographs_and_settings_get_numbers_and_no_verdicts(tmp_path: Path) -> None:
+    system, usual = catalog.find("pc-compression"), pc_compression.Config()
+    options = RunOptions(out=tmp_path)
+    for changes in ({"photos": "folder:mine"}, {"data": "folder:mine"}, {"latents": 4}):
+        config = dataclasses.replace(usual, **changes)
+        claims, remark = applicable_claims(system, pc_compression, "laptop", config, options)
+        assert not claims
+        assert "numbers" in remark
+    assert applicable_claims(system, pc_compression, "laptop", usual, options) == (system.claims, "")
+
+
+def test_fewer_pictures_than_were_asked_for_are_explained(tmp_path: Path) -> None:
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        for split in ("train", "test")[: 1 if i else 2]:
+            (tmp_path / "mine" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "mine" / split / f"{i}.png")
+    config = dataclasses.replace(TINY, photos=f"folder:{tmp_path / 'mine'}", photos_eval=2)
+    with Run.quick(tmp_path, name="pc-compression", config=config) as run:
+        pc_compression._photos(run, config)
+    log = (run.dir / "log.txt").read_text()
+    assert "2 pictures were asked for (--photos-eval) and 1 are there (test, the part that is held out)" in log
+    assert "1 picture to compress" in log
+
+
 def test_apply_goes_there_and_back(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = {
@@ -93,16 +143,16 @@ def test_apply_goes_there_and_back(done: tuple[Path, dict[str, Any]], tmp_path: 
             image.save(paths[-1], lossless=True, exact=True)
         else:
             image.save(paths[-1])
-    packed = pc_compression.apply(done[0], paths, tmp_path / "packed")
+    packed = converted(done[0], paths, tmp_path / "packed")
     assert [p.name for p in packed] == ["photo.pcz", "alpha.pcz", "photo-2.pcz"]
-    back = pc_compression.apply(done[0], packed, tmp_path / "back")
+    back = converted(done[0], packed, tmp_path / "back")
     for path, image in zip(back, images.values(), strict=True):
         assert path.suffix == ".png"
         with Image.open(path) as opened:
             assert opened.mode == image.mode
             assert np.array_equal(np.asarray(opened), np.asarray(image))
-    beside = pc_compression.apply(done[0], [paths[0].with_suffix(".png")], tmp_path)
-    assert pc_compression.apply(done[0], beside, tmp_path)[0].name == "photo.png"
+    beside = converted(done[0], [paths[0].with_suffix(".png")], tmp_path)
+    assert converted(done[0], beside, tmp_path)[0].name == "photo.png"
 
 
 def test_apply_never_replaces_another_picture(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -110,11 +160,11 @@ def test_apply_never_replaces_another_picture(done: tuple[Path, dict[str, Any]],
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (5, 4), value).save(tmp_path / name)
     sources = [tmp_path / "a.png", tmp_path / "a.bmp"]
-    packed = pc_compression.apply(done[0], sources, tmp_path)
+    packed = converted(done[0], sources, tmp_path)
     assert [p.name for p in packed] == ["a.pcz", "a-2.pcz"]
     before = {path: path.stat().st_mtime_ns for path in (*packed, *sources)}
-    assert pc_compression.apply(done[0], sources, tmp_path) == packed, "the same once more changes nothing"
-    assert pc_compression.apply(done[0], packed[:1], tmp_path) == [tmp_path / "a.png"], "the picture it came from"
+    assert converted(done[0], sources, tmp_path) == packed, "the same once more changes nothing"
+    assert converted(done[0], packed[:1], tmp_path) == [tmp_path / "a.png"], "the picture it came from"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UserError, match=r"a\.pcz is there already and holds something else"):
         pc_compression.apply(done[0], [tmp_path / "a.bmp"], tmp_path)
@@ -129,7 +179,7 @@ def test_apply_never_replaces_another_picture(done: tuple[Path, dict[str, Any]],
 def test_apply_tells_what_is_wrong_and_writes_nothing(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     Image.fromarray(np.full((3, 3), 40000, np.uint16)).save(tmp_path / "deep.png")
     Image.new("L", (9, 9), 7).save(tmp_path / "a.png")
-    (data,) = pc_compression.apply(done[0], [tmp_path / "a.png"], tmp_path)
+    (data,) = converted(done[0], [tmp_path / "a.png"], tmp_path)
     (tmp_path / "cut.pcz").write_bytes(data.read_bytes()[:-3])
     (tmp_path / "note.txt").write_text("no picture")
     out = tmp_path / "out"
@@ -150,7 +200,7 @@ def test_another_seed_is_another_model(done: tuple[Path, dict[str, Any]], tmp_pa
     with Run.quick(tmp_path, seed=1, name="pc-compression", config=config, max_steps=1) as run:
         pc_compression.run(config, run)
     Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
-    (packed,) = pc_compression.apply(done[0], [tmp_path / "a.png"], tmp_path)
+    (packed,) = converted(done[0], [tmp_path / "a.png"], tmp_path)
     with pytest.raises(UserError, match="written with another model"):
         pc_compression.apply(run.dir, [packed], tmp_path / "out")
     assert "from_scratch" not in json.dumps(metrics_of(json.loads((run.dir / "report.json").read_text())))

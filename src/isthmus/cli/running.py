@@ -83,21 +83,28 @@ def applicable_claims(
 ) -> tuple[tuple[Claim, ...], str]:
     """The claims that a run can speak to, and a remark for the reader.
 
-    Claims are about the recipe's own data at the laptop scale; on other data there are metrics, not verdicts. A recipe
-    whose claims need real data says in ``no_verdict(config)`` what is missing, with an empty string where nothing is.
+    Claims are about the recipe's own data and settings at the laptop scale; elsewhere there are metrics, not verdicts.
+    A recipe whose claims need real data says in ``no_verdict(config)`` what is missing, with an empty string where
+    nothing is.
     """
     if not system.claims:
         return (), ""
     usual = recipe.Config()
     changed = _changed(config, usual)
-    if "data" in changed:
+    if any(name in _DATA for name in changed):
         return (), "The claims are about the recipe's own data; on yours there are numbers and pictures, not verdicts."
     if hasattr(recipe, "no_verdict") and (reason := recipe.no_verdict(config)):
         return (), reason  # its own data are not all there
     if scale != "laptop" or options.max_steps is not None:
         return (), "The claims are about the laptop scale at full length; this run was of another length."
     flags = ", ".join(f"--{name}" for name in changed)
-    return system.claims, f"The claims are about the default settings; changed here: {flags}." if flags else ""
+    if flags:
+        return (), f"The claims are about the default settings, and {flags} changed; there are numbers, not verdicts."
+    return system.claims, ""
+
+
+_DATA = {"data", "photos", "evoked", "fields", "field-data", "key-data", "series"}
+"""Settings that say where samples come from."""
 
 
 def _changed(config: Any, usual: Any, prefix: str = "") -> list[str]:

@@ -34,7 +34,19 @@ def apply(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps([str(path) for path in written], indent=1) + "\n")
     else:
         sys.stdout.write("".join(f"{path}\n" for path in written))
+        for path in written:
+            if path.name == "answers.json":
+                sys.stdout.write(_answers(json.loads(path.read_text(encoding="utf-8"))))
     return 0
+
+
+def _answers(found: dict[str, dict[str, object]]) -> str:
+    """What was found on every input, a line each."""
+    lines = []
+    for name, facts in found.items():
+        told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if key != "files")
+        lines.append(f"{name}: {told}\n")
+    return "".join(lines)
 
 
 def report(arguments: argparse.Namespace) -> int:

@@ -120,13 +120,14 @@ def load(path: Path, threads: int | None = None) -> PictureCoder:
     try:
         with safe_open(str(path), "pt") as file:
             facts = json.loads((file.metadata() or {})["circuit"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        circuit = HCLT(facts["parents"], 256, facts["latents"], facts["pseudocount"])
+        patch = int(facts["patch"])
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path.parent} has no readable {path.name}; run the recipe to its end first, and not with --photos none."
         ) from error
-    circuit = HCLT(facts["parents"], 256, facts["latents"], facts["pseudocount"])
     load_weights(circuit, path)
-    return PictureCoder(circuit, facts["patch"], threads=threads)
+    return PictureCoder(circuit, patch, threads=threads)
 
 
 def _pillow(name: str, **options: object) -> Format:

@@ -15,6 +15,7 @@ second beside PNG, WebP, JPEG 2000, and JPEG XL and zstd where they are installe
 
 from __future__ import annotations
 
+import json
 import lzma
 import math
 import time
@@ -41,6 +42,7 @@ from isthmus.priors.circuit_tree import Tree, chain, chow_liu_tree, mutual_infor
 from isthmus.priors.pictures import from_image, png, read
 from isthmus.recipes import _pc_compression_pictures as pictures
 from isthmus.report import figures
+from isthmus.tasks import applying
 
 needs = ("image",)
 _LN2 = math.log(2)
@@ -134,28 +136,50 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     """Compress pictures to ``NAME.pcz``, and turn ``NAME.pcz`` back into ``NAME.png``.
 
     Inputs of the same name become ``NAME-2``, ``NAME-3`` and so on. A file that is there already is left alone where it
-    holds the same picture, and never replaced by another one.
+    holds the same picture, and never replaced by another one. ``answers.json`` says for every input how many pixels and
+    bytes there are, or why it was skipped.
 
     Raises:
-        UserError: the run has no circuit of pictures, a picture has more than 8 bits a channel, a ``.pcz`` is damaged
-            or of another run, or a file that holds something else is in the way. Files before it are written, none is
-            written in part.
+        UserError: the run has no circuit of pictures, or none of the inputs could be used: a picture has more than 8
+            bits a channel, a ``.pcz`` is damaged or of another run, or a file that holds something else is in the way.
+            No file is written in part.
     """
     coder = pictures.load(run_dir / pictures.MODEL)
     written: list[Path] = []
+    found: dict[str, Any] = {}
     for path in inputs:
-        back = path.suffix.lower() == ".pcz"
-        image = coder.decompress(path.read_bytes(), str(path)) if back else read(path)
-        data = png(image) if back else coder.compress(image, str(path))
-        stem, number = out / path.stem, 1
-        while (target := Path(f"{stem}{f'-{number}' if number > 1 else ''}{'.png' if back else '.pcz'}")) in written:
-            number += 1  # another folder's picture of the same name
-        if not target.exists():
-            write_atomically(target, data)
-        elif not target.is_file() or (target.read_bytes() != data and not (back and _shows(target, image))):
-            raise UserError(f"{target} is there already and holds something else; move it, or give another --out.")
-        written.append(target)
-    return written
+        try:
+            found[str(path)] = _answer(coder, path, out, written)
+        except UserError as error:
+            found[str(path)] = {"skipped": str(error)}
+    if not written:
+        raise UserError(" ".join(entry["skipped"] for entry in found.values()) or "there are no inputs.")
+    write_atomically(out / applying.ANSWERS, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    return [out / applying.ANSWERS, *written]
+
+
+def _answer(coder: pictures.PictureCoder, path: Path, out: Path, written: list[Path]) -> dict[str, Any]:
+    """Write the other form of one picture beside those that are written, and tell what it came to."""
+    back = path.suffix.lower() == ".pcz"
+    image = coder.decompress(path.read_bytes(), str(path)) if back else read(path)
+    data = png(image) if back else coder.compress(image, str(path))
+    stem, number = out / path.stem, 1
+    while (target := Path(f"{stem}{f'-{number}' if number > 1 else ''}{'.png' if back else '.pcz'}")) in written:
+        number += 1  # another folder's picture of the same name
+    if not target.exists():
+        write_atomically(target, data)
+    elif not target.is_file() or (target.read_bytes() != data and not (back and _shows(target, image))):
+        raise UserError(f"{target} is there already and holds something else; move it, or give another --out.")
+    written.append(target)
+    before, after, values = path.stat().st_size, len(data), image.width * image.height * len(image.getbands())
+    return {
+        "file": target.name,
+        "pixels": f"{image.width} x {image.height}, {image.mode}",
+        "bytes": after,
+        "bytes_before": before,
+        "share_of_bytes_before": round(after / before, 3),
+        "bits_per_dimension": round(8 * (before if back else after) / values, 3),
+    }
 
 
 def _shows(path: Path, image: Image.Image) -> bool:
@@ -342,13 +366,20 @@ def _photos(run: Run, config: Config) -> None:
     train, held_out = (load(config.photos, split, needs, run.seed) for split in ("train", "test"))
     if not hasattr(train, "__len__"):
         raise UserError(f"{config.photos} is a stream, of which no part can be held out; use folder: or parquet:.")
+    for flag, dataset, asked in (("train", train, config.photos_train), ("eval", held_out, config.photos_eval)):
+        if len(dataset) < asked:
+            told = f"{asked} pictures were asked for (--photos-{flag}) and {len(dataset)} are there"
+            part = "train" if flag == "train" else "test, the part that is held out"
+            run.log(f"{config.photos}: {told} ({part}); give more pictures to have more.")
     train, held_out = _some(train, config.photos_train), _some(held_out, config.photos_eval)
     count = config.patches
     if run.options.max_steps is not None:
         train, held_out = _some(train, 64), _some(held_out, 2)
         count = min(count, run.options.max_steps * config.batch_size)
     found, there = pictures.patches(train, config.patch, count, run.generator("patches"))
-    run.log(f"{config.photos}: {len(found)} patches of {len(train)} pictures, {len(held_out)} pictures to compress.")
+    told = "1 picture" if len(held_out) == 1 else f"{len(held_out)} pictures"
+    cut = "" if run.options.max_steps is None else ", fewer because of --max-steps"
+    run.log(f"{config.photos}: {len(found)} patches of {len(train)} pictures, {told} to compress{cut}.")
     whole = found[there.all(1)] if there.all(1).any() else found
     circuit = HCLT.from_data(
         whole, 256, config.patch_latents, config.pseudocount, generator=run.generator("circuit", "patches")
