@@ -23,6 +23,7 @@ from isthmus.codec import (
     write_atomically,
 )
 from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.images.pixels import Pixels
 
 
 def small() -> Codec:
@@ -242,6 +243,12 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path: Path) -> None:
     load_weights(other, tmp_path / "m.safetensors")
     assert torch.equal(model.a.weight, other.b.weight)
     assert (tmp_path / "m.safetensors").stat().st_size < 1.5 * 64 * 64 * 4
+
+
+def test_a_codec_without_any_weights_is_saved_and_loaded(tmp_path: Path) -> None:
+    Codec(Pixels(3)).save_pretrained(tmp_path)
+    image = torch.rand(1, 3, 4, 4)
+    assert torch.equal(Codec.from_pretrained(tmp_path).encode(image).features[0], image)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,8 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str], metadata: dict
             seen[key] = name
             state[name] = tensor.detach().cpu().contiguous().clone()
     metadata = {**(metadata or {}), **({"tied": json.dumps(tied)} if tied else {})}
-    write_atomically(path, save(state, metadata=metadata))
+    # safetensors writes a header that nobody can read where there are neither tensors nor metadata but an empty {}.
+    write_atomically(path, save(state, metadata=metadata if state else metadata or None))
 
 
 def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
