@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import isthmus
 from isthmus.codec import UserError
 from isthmus.data import load
 from isthmus.engine import Run, Training
 from isthmus.recipes import hornet
-from isthmus.recipes._image_classification import Augmentation
 from isthmus.recipes.hornet import Config
+from isthmus.tasks.classification import Augmentation
 from tests.encoders.test_hornet import official
 
 SHORT = Training(steps=50, batch_size=8, optimizer="adam", lr=1e-2, final_lr_ratio=0.0, clip=5.0, evaluate_every=25)
@@ -61,7 +61,7 @@ def test_layers_have_the_parameters_of_the_comparison() -> None:
     assert counts == [18_607, 16_833, 20_545, 21_889]
 
 
-def test_what_is_explained_is_told_term_by_term() -> None:
+def test_what_is_explained_is_said_term_by_term() -> None:
     batch = load("fields", "val", ("target", "terms", "mask")).fetch(range(64))
     score, shares = hornet.explained(batch["target"], batch)
     assert score == 1
@@ -82,19 +82,6 @@ def test_only_scored_places_are_learnt() -> None:
     assert float(loss(batch, torch.Generator()).loss) == 2
 
 
-def test_apply_classifies_pictures(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    test = load("digits", "test", ("image", "label"))
-    paths, labels = [], []
-    for i in range(20):
-        paths.append(tmp_path / f"{i}.png")
-        labels.append(str(int(test[i]["label"])))
-        Image.fromarray(test[i]["image"].permute(1, 2, 0).numpy()).save(paths[-1])
-    written = hornet.apply(trained[0], paths, tmp_path / "out")
-    assert len(written) == 21
-    told = json.loads((tmp_path / "out" / "classes.json").read_text())
-    assert sum(told[str(p)]["class"] == label for p, label in zip(paths, labels, strict=True)) >= 6, "chance is 2"
-
-
 def test_any_network_and_filters_are_trained(tmp_path: Path) -> None:
     one = Training(steps=1, batch_size=4, ema=0.5)
     few = "digits?limit=8"
@@ -109,8 +96,9 @@ def test_any_network_and_filters_are_trained(tmp_path: Path) -> None:
         with Run.quick(tmp_path / str(number), name="hornet", config=config) as run:
             hornet.run(config, run)
         assert set(report(run)["metrics"]) == {"accuracy", "parameters"}
-        Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
-        assert len(hornet.apply(run.dir, [tmp_path / "a.png"], tmp_path / f"out{number}")) == 2
+        saved = isthmus.load(run.dir)
+        batch = saved.inputs.transform()({"image": torch.rand(1, 3, 20, 30)}, torch.Generator())
+        assert saved.model(batch["image"]).shape == (1, 10)
 
 
 def test_published_files_are_converted(tmp_path: Path) -> None:
@@ -150,20 +138,17 @@ def test_paper_setting_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"orders": (1, 1)}, "different numbers from 0 on"),
         ({"orders": (-1,)}, "different numbers from 0 on"),
         ({"orders": (4,), "width": 12}, "width 12 does not divide by 8, as order 4 needs"),
-        ({"fields": "digits"}, "digits has no columns signal, target, terms, mask"),
         ({"size": 4}, "4x4 pixels; the last stage of this network needs 8"),
         ({"size": 0}, "size 0 and width 64: at least 1 each"),
         ({"width": 66}, "width 66 does not divide by 4, as order 3 needs"),
         ({"encoder": "hornet_tiny_8x8"}, "Nearest: hornet_tiny_7x7"),
     ],
 )
-def test_impossible_settings_are_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
-    config = Config(**changes)
-    with pytest.raises(ValueError, match=told), Run.quick(tmp_path, name="hornet", config=config) as run:
-        hornet.run(config, run)
-    assert not list((run.dir / "checkpoints").glob("*")), "told before anything is trained"
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        hornet.check(Config(**changes))

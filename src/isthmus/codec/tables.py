@@ -35,6 +35,7 @@ _PARTS = {
     "isthmus.encoders.backbone": ("Backbone",),
     "isthmus.encoders.images.as_image": ("AsImage", "AudioImage", "PointImage", "SeriesImage", "VideoImage"),
     "isthmus.encoders.images.convit": ("ConViT",),
+    "isthmus.encoders.images.hornet": ("HorNet",),
     "isthmus.encoders.images.inceptionnext": ("InceptionNeXtMixers",),
     "isthmus.encoders.images.maxout_cnn": ("MaxoutCNN",),
     "isthmus.encoders.images.pixels": ("Pixels",),

@@ -118,7 +118,7 @@ def check_arms(makers: Mapping[str, Callable[[], Any]]) -> None:
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 make()
-        except UserError as error:
+        except ValueError as error:  # a constructor's sentence about what it was given
             raise UserError(str(error) if name in str(error) else f"{name}: {error}") from error
         except (NotImplementedError, RuntimeError):
             continue  # it looks at its own weights while it is made; what is wrong with it comes out in its turn

@@ -18,13 +18,13 @@ none. The layers can express it; the optimiser finds it where lower degrees lead
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from isthmus.catalog import published
@@ -32,21 +32,25 @@ from isthmus.codec import Loss, UserError, create_timm
 from isthmus.data import load
 from isthmus.encoders.backbone import made_for
 from isthmus.encoders.images.hornet import HorNet, convert_official
-from isthmus.engine import Run, Training, read_config
+from isthmus.engine import Run, Training
+from isthmus.engine.comparison import Comparison, Trained, check_arms, count_parameters
 from isthmus.engine.fit import fit
 from isthmus.layers.gnconv import GnConv
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._image_classification import Augmentation
+from isthmus.report import figures
+from isthmus.tasks import classification
+from isthmus.tasks.classification import DEIT, Augmentation, ClassificationConfig
 
-needs = ("image", "label")
+needs = classification.NEEDS
+answer = classification.answer
 
 _COLUMNS = ("signal", "target", "terms", "mask")
 _TERMS = ("a", "ab", "abc", "abcd")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassificationConfig):
     """Settings of a run; the defaults take about a minute on two cores."""
 
     data: str = "digits"
@@ -81,12 +85,6 @@ class Config:
     """Training of the classifier."""
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(padding=1))
     """Changes of training images."""
-    smoothing: float = 0.0
-    """Label smoothing."""
-    train_split: str = "train"
-    """Part of the images to train on."""
-    eval_split: str = "test"
-    """Part of the images to measure on."""
 
     @classmethod
     def paper(cls) -> Config:
@@ -111,62 +109,33 @@ class Config:
                 ema=0.9999,
                 workers=8,
             ),
-            augmentation=Augmentation(
-                crop=0.08, flip=True, mixup=0.8, cutmix=1.0, randaugment="rand-m9-mstd0.5-inc1", erasing=0.25
-            ),
+            augmentation=DEIT,
             smoothing=0.1,
             eval_split="val",
         )
 
 
+def check(config: Config) -> None:
+    """Refuse orders and networks that cannot be built."""
+    if min(config.orders, default=0) < 0 or len(set(config.orders)) < len(config.orders):
+        raise UserError(f"orders {config.orders}: different numbers from 0 on, where 0 is the block without products.")
+    if min(config.size, config.width) < 1:
+        raise UserError(f"size {config.size} and width {config.width}: at least 1 each.")
+    orders = {f"order {order}": partial(layer, order, config.width) for order in config.orders}
+    check_arms({**orders, "network": partial(_fits, config)})
+
+
 def run(config: Config, run: Run) -> None:
     """Compare orders on fields, then train and measure the classifier."""
-    source = load(config.data, config.train_split, needs, run.seed)
-    held_out = load(config.data, config.eval_split, needs, run.seed)
-    classes = shared.class_names(source, held_out)
-    _check(config, len(classes))
+    task = classification.open(config, run)
     if config.orders:
         _compare(config, run)
-
-    run.log(f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {len(classes)} classes.")
-    augmented, plain = _transforms(config, len(classes))
-    run.seed_everything("network")
-    network = _network(config, len(classes))
-    result: Any = shared.train(
-        run,
-        "classifier",
-        network,
-        source,
-        config.training,
-        augmented,
-        config.smoothing,
-        repeats=config.augmentation.repeats,
-    )
-    trained = (result.objective if result.ema is None else result.ema).model
-    table = shared.confusion(run, trained, len(classes), held_out, plain)
+    arm = task.arm(partial(_network, config), "classifier")
     reported = published("hornet").get(f"accuracy_{config.encoder}") if "imagenet-1k" in config.data else None
-    run.metric("accuracy", shared.accuracy(table), published=reported)
-    run.metric("parameters", sum(p.numel() for p in network.parameters()), unit="parameters")
-    shared.look(run, trained, classes, held_out, plain)
-    shared.keep(run, trained, classes, "the trained network; `isthmus apply` tells what is on pictures with it")
-
-
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Tell what is on pictures: ``classes.json`` and every picture with its likeliest class above it.
-
-    Args:
-        run_dir: a finished run.
-        inputs: image files; others are left out.
-        out: the folder to write to.
-
-    Raises:
-        UserError: the run is incomplete, or no input is an image.
-    """
-    saved = read_config(run_dir)["config"]
-    names = ("encoder", "size", "stem_stride", "global_filter", "layer_scale")
-    config = Config(**{name: saved[name] for name in names}, depths=tuple(saved["depths"]), dims=tuple(saved["dims"]))
-    plain = _transforms(config, 1)[1]
-    return shared.classify(run_dir, inputs, out, lambda classes: _network(config, classes), plain)
+    run.metric("accuracy", arm.metrics["accuracy"], published=reported)
+    run.metric("parameters", count_parameters(arm.model), unit="parameters")
+    task.show(arm.model)
+    task.keep(arm.model, "the trained network; `isthmus apply` classifies pictures with it")
 
 
 def convert(path: Path, out: Path) -> Path:
@@ -203,8 +172,8 @@ class _Regression(nn.Module):
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator, turn: str | None = None) -> Loss:
         """``signal (B, C, H, W)`` against ``target (B, H, W)`` where ``mask`` is 1."""
-        told, weight = self.model(batch["signal"])[:, 0], batch["mask"].to(batch["target"].dtype)
-        return Loss(((told - batch["target"]).square() * weight).sum() / weight.sum())
+        predicted, weight = self.model(batch["signal"])[:, 0], batch["mask"].to(batch["target"].dtype)
+        return Loss(((predicted - batch["target"]).square() * weight).sum() / weight.sum())
 
 
 def layer(order: int, width: int) -> nn.Module:
@@ -216,123 +185,92 @@ def layer(order: int, width: int) -> nn.Module:
     return nn.Sequential(DepthwiseConv(width, 7), *mlp)
 
 
-def explained(told: Tensor, batch: Mapping[str, Tensor]) -> tuple[float, list[float]]:
+def explained(predicted: Tensor, batch: Mapping[str, Tensor]) -> tuple[float, list[float]]:
     """R² of a prediction ``(N, H, W)``, and the weight with which it holds every term: 1 is right, 0 is not there.
 
     Terms are uncorrelated, so the weight of one is its covariance with the prediction over its own variance.
     """
     inside = batch["mask"].bool()
-    told, target = told[inside].double(), batch["target"][inside].double()
-    rest = (told - target).square().sum() / (target - target.mean()).square().sum()
+    predicted, target = predicted[inside].double(), batch["target"][inside].double()
+    rest = (predicted - target).square().sum() / (target - target.mean()).square().sum()
     terms = batch["terms"].movedim(1, -1)[inside].double()  # (places, degrees)
-    shares = (terms * (told - told.mean())[:, None]).sum(0) / terms.square().sum(0)
+    shares = (terms * (predicted - predicted.mean())[:, None]).sum(0) / terms.square().sum(0)
     return 1 - float(rest), shares.tolist()
-
-
-def _check(config: Config, classes: int) -> None:
-    """Refuse, before anything is trained, what cannot be built."""
-    if min(config.orders, default=0) < 0 or len(set(config.orders)) < len(config.orders):
-        raise UserError(f"orders {config.orders}: different numbers from 0 on, where 0 is the block without products.")
-    if min(config.size, config.width) < 1:
-        raise UserError(f"size {config.size} and width {config.width}: at least 1 each.")
-    with torch.device("meta"), torch.no_grad():
-        for order in config.orders:
-            layer(order, config.width)
-        network = _network(config, classes).eval()
-        if isinstance(network, HorNet):
-            network(torch.empty(1, network.in_chans, config.size, config.size))
 
 
 def _compare(config: Config, run: Run) -> None:
     """Train one layer an order on the same fields and measure them on the same fresh ones."""
     fields, fresh = (load(config.fields, split, _COLUMNS, run.seed) for split in ("train", "test"))
     batch = run.fabric.to_device(fresh.fetch(range(len(fresh))))
-    shares: dict[str, list[float]] = {}
-    scores: dict[int, float] = {}
-    over: dict[str, list[tuple[float, float]]] = {}
-    shown: dict[str, Tensor] = {"target": batch["target"][0]}
-    for order in config.orders:
-        name = f"order {order}" if order else "no product"
-        run.seed_everything("layer")
-        model = nn.Sequential(
-            nn.Conv2d(batch["signal"].shape[1], config.width, 1),
-            layer(order, config.width),
-            nn.Conv2d(config.width, 1, 1),
-        )
-        result = fit(run, f"order_{order}", _Regression(model), fields, config.comparison, evaluate=_Score(batch))
-        trained: Any = result.objective
-        with torch.no_grad():
-            told = trained.model(batch["signal"])[:, 0]
-        scores[order], shares[name] = explained(told, batch)
-        shown[name] = told[0]
-        over[name] = list(result.curves.get("evaluate/r2", ()))
-        run.metric(f"r2_order_{order}", scores[order])
-        run.metric(f"parameters_order_{order}", sum(p.numel() for p in model.parameters()), unit="parameters")
+    shares: list[dict[str, float]] = []
+    predictions: list[Tensor] = []
+
+    def r2(objective: Any) -> dict[str, float]:
+        return {"r2": explained(objective.model(batch["signal"])[:, 0], batch)[0]}
+
+    def train(arm: str, model: nn.Module) -> Trained:
+        result = fit(run, arm, _Regression(model), fields, config.comparison, evaluate=r2)
+        trained: Any = result.objective if result.ema is None else result.ema
+        return Trained(trained.model, result.curves)
+
+    @torch.no_grad()
+    def measure(model: nn.Module) -> dict[str, float]:
+        predictions.append(model(batch["signal"])[:, 0])
+        score, weights = explained(predictions[-1], batch)
+        shares.append(dict(zip(_TERMS, weights, strict=False)))
+        return {"r2": score}
+
+    channels = batch["signal"].shape[1]
+    makers = {f"order_{order}": partial(_between, channels, order, config.width) for order in config.orders}
+    arms = Comparison(run, makers, train, measure, start="layer")
+    scores = arms.values("r2")
     for lower, higher in ((1, 2), (2, 3)):
-        if lower in scores and higher in scores:
-            run.metric(f"gain_of_order_{higher}", scores[higher] - scores[lower])
-    run.figure("terms", _bars(shares), "The weight with which every layer holds each term of the target; 1 is right.")
-    run.figure("learning", shared.curves(over, "step", "R²"), "R² on fresh fields over training.")
-    run.figure("field", _maps(shown, batch["mask"][0]), "The target on one fresh field, and what the layers say.")
+        if {f"order_{lower}", f"order_{higher}"} <= scores.keys():
+            run.metric(f"gain_of_order_{higher}", scores[f"order_{higher}"] - scores[f"order_{lower}"])
+
+    names = [f"order {order}" if order else "no product" for order in config.orders]
+    drawn = figures.grouped_bars(dict(zip(names, shares, strict=True)), "weight in the prediction", line=1)
+    run.figure("terms", drawn, "The weight with which every layer holds each term of the target; 1 is right.")
+    curves = dict(zip(names, arms.lines("evaluate/r2").values(), strict=False))
+    run.figure("learning", figures.lines(curves, "step", "R²"), "R² on fresh fields over training.")
+    rows, columns = batch["mask"][0].any(1), batch["mask"][0].any(0)
+    fields_drawn = dict(zip(["target", *names], [batch["target"], *predictions], strict=True))
+    maps = {name: field[0][rows][:, columns] for name, field in fields_drawn.items()}
+    limit = float(maps["target"].abs().max())
+    drawn = figures.maps(maps, signed=True, low=-limit, high=limit)
+    run.figure("field", drawn, "The target on one fresh field, and what the layers predict.")
 
 
-class _Score:
-    """What ``fit`` evaluates: R² on the fresh fields."""
-
-    def __init__(self, batch: Mapping[str, Tensor]) -> None:
-        self.batch = batch
-
-    def __call__(self, objective: nn.Module) -> dict[str, float]:
-        model: Any = objective.model
-        return {"r2": explained(model(self.batch["signal"])[:, 0], self.batch)[0]}
-
-
-def _bars(shares: Mapping[str, Sequence[float]]) -> Figure:
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / len(shares)
-    for i, (name, values) in enumerate(shares.items()):
-        axis.bar([k + (i + 0.5) * width - 0.4 for k in range(len(values))], values, width * 0.9, label=name)
-    axis.set_xticks(range(len(_TERMS)), _TERMS)
-    axis.set_ylabel("weight in the prediction")
-    axis.axhline(1, color="tab:gray", linewidth=0.8, linestyle=":")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    return figure
-
-
-def _maps(maps: Mapping[str, Tensor], mask: Tensor) -> Figure:
-    figure = Figure(figsize=(1.9 * len(maps), 2.1), layout="constrained")
-    rows, columns = mask.any(1), mask.any(0)
-    limit = float(maps["target"][rows][:, columns].abs().max())
-    for axis, (name, values) in zip(figure.subplots(1, len(maps), squeeze=False).flat, maps.items(), strict=True):
-        axis.imshow(values[rows][:, columns].cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axis.set_title(name, fontsize=9)
-        axis.set_axis_off()
-    return figure
+def _between(channels: int, order: int, width: int) -> nn.Module:
+    """The layer between the 1x1 convolutions that read the field and write the prediction."""
+    return nn.Sequential(nn.Conv2d(channels, width, 1), layer(order, width), nn.Conv2d(width, 1, 1))
 
 
 # -------------------------------------------------------------------------------------------------------- classifier
 
 
-def _network(config: Config, classes: int) -> nn.Module:
+def _network(config: Config, num_classes: int) -> nn.Module:
     if config.encoder:
         drop = {"drop_path_rate": config.drop_path} if config.drop_path else {}  # not every network has it
         sized = made_for(config.encoder, config.size)  # transformers have positions for one size
-        return create_timm(config.encoder, num_classes=classes, **sized, **drop)
+        return create_timm(config.encoder, num_classes=num_classes, **sized, **drop)
     sides = [config.size // (config.stem_stride * 2**i) for i in range(4)]
     filters = [None, None, *((side, side // 2 + 1) for side in sides[2:])] if config.global_filter else None
     return HorNet(
         config.depths,
         config.dims,
         filters=filters,
-        num_classes=classes,
+        num_classes=num_classes,
         stem_stride=config.stem_stride,
         layer_scale=config.layer_scale,
         drop_path_rate=config.drop_path,
     )
 
 
-def _transforms(config: Config, classes: int) -> tuple[Any, Any]:
-    pct = 0.875 if config.size >= 224 else 1.0
-    return shared.transforms(config.size, classes, config.augmentation, smoothing=config.smoothing, crop_pct=pct)
+def _fits(config: Config) -> nn.Module:
+    """The network, once pictures of this size are known to go through ours."""
+    network = _network(config, 2).eval()
+    if isinstance(network, HorNet):
+        with torch.no_grad():
+            network(torch.empty(1, network.in_chans, config.size, config.size))
+    return network

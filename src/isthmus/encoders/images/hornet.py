@@ -21,6 +21,7 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, convnext, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.codec import part
 from isthmus.layers.gnconv import GnConv, Pair
 
 
@@ -76,6 +77,7 @@ class HorNetBlock(nn.Module):
         return torch.addcmul(x, y, gamma.view(shape))
 
 
+@part
 class HorNet(convnext.ConvNeXt):
     """The network; stem, transitions, head and interface are those of timm's ConvNeXt.
 
