@@ -139,27 +139,7 @@ def test_files_of_other_shapes_are_named(
         files.read_file(task, getattr(TINY, task), shape, tmp_path / "x.npy")
 
 
-def test_sounds_of_any_rate_and_depth_are_read(tmp_path: Path) -> None:
-    t = np.arange(4000) / 4000
-    tone = 0.5 * np.sin(2 * np.pi * 100 * t)
-    for kind, scale, shift in (
-        (np.int16, 32767, 0),
-        (np.int32, 2**31 - 1, 0),
-        (np.uint8, 127, 128),
-        (np.float32, 1, 0),
-    ):
-        wavfile.write(tmp_path / "x.wav", 4000, (tone * scale + shift).astype(kind))
-        wave = files.read_wav((tmp_path / "x.wav").read_bytes(), 4000)
-        np.testing.assert_allclose(wave.numpy(), tone, atol=0.02)
-        halved = files.read_wav((tmp_path / "x.wav").read_bytes(), 2000)
-        np.testing.assert_allclose(halved.numpy()[100:-100], tone[::2][100:-100], atol=0.03)
-    for content, message in (
-        (b"RIFF", "no WAV file"),
-        (b"", "no WAV file"),
-        ((tmp_path / "x.wav").read_bytes()[:20], "WAV"),
-    ):
-        with pytest.raises(Unreadable, match=message):
-            files.read_wav(content, 2000)
+def test_a_sound_that_cannot_be_heard_is_told(tmp_path: Path) -> None:
     wavfile.write(tmp_path / "nan.wav", 2000, np.full(2000, np.nan, np.float32))
     wavfile.write(tmp_path / "short.wav", 2000, np.zeros(40, np.int16))
     for name, message in (("nan", "finite numbers"), ("short", "40 samples at 2000 a second; one moment takes 50")):

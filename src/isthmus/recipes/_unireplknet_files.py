@@ -1,10 +1,7 @@
-"""A user's files as samples of the tasks of UniRepLKNet's recipe: pictures, WAV sounds, arrays, tables."""
+"""A user's files as samples of the tasks of UniRepLKNet's recipe: pictures, sounds, arrays, tables."""
 
 from __future__ import annotations
 
-import io
-import math
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +12,16 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError
 from isthmus.data.builtin.series import read_csv
-from isthmus.data.dataset import Dataset, Unreadable
+from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.readers.sounds import SOUND_SUFFIXES, at_least, decode_sound
 from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize
 from isthmus.recipes._image_classification import IMAGENET
-from isthmus.recipes._unireplknet_tasks import AudioTask
 
 #: Task → the files that ``apply`` takes for it.
 SUFFIXES = {
     "image": IMAGE_SUFFIXES,
-    "audio": (".wav",),
+    "audio": SOUND_SUFFIXES,
     "video": (".npy",),
     "points": (".npy",),
     "series": (".csv", ".npy"),
@@ -46,7 +43,7 @@ def read_file(name: str, task: Any, shape: Sequence[int], path: Path) -> Tensor:
         batch = {"image": decode_image(path)[None].float() / 255}
         return transform(batch, torch.Generator())["image"]
     if name == "audio":
-        wave = read_wav(path.read_bytes(), task.rate)
+        wave = decode_sound(path, task.rate)
         if len(wave) < (least := int(task.rate * task.window)):
             raise Unreadable(f"it has {len(wave)} samples at {task.rate} a second; one moment takes {least}")
         return at_least(wave, shape[0])[None]
@@ -67,66 +64,6 @@ def read_file(name: str, task: Any, shape: Sequence[int], path: Path) -> Tensor:
     if values.ndim != 2 or values.shape[0] != shape[0] or values.shape[1] < length:
         raise Unreadable(f"a file of {shape[0]} series of at least {length} steps is needed, this is {_told(values)}")
     return values[None, :, -length:]
-
-
-class Sounds(Dataset):
-    """A source whose column ``audio`` holds WAV files, as waveforms of one length: what all frames of a picture hear.
-
-    Shorter ones are silent at the end. What cannot be read is left out and told, as anywhere else.
-    """
-
-    def __init__(self, dataset: Dataset, task: AudioTask) -> None:
-        super().__init__(dataset.name, dataset.columns, dataset.classes)
-        self.dataset, self.task, self.skipped = dataset, task, dataset.skipped
-        self.length = int(task.rate * task.window) + (task.frames - 1) * int(task.rate * task.hop)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, index: int) -> dict[str, Any]:
-        sample = self.dataset.read(index)
-        wave = read_wav(sample["audio"], self.task.rate)
-        return {**sample, "audio": at_least(wave[: self.length], self.length)}
-
-    def identify(self, index: int) -> str:
-        return self.dataset.identify(index)
-
-    def number(self, index: int) -> int:
-        return self.dataset.number(index)
-
-
-def at_least(wave: Tensor, length: int) -> Tensor:
-    """``(L,)`` with silence behind it up to ``length``."""
-    return nn.functional.pad(wave, (0, max(0, length - len(wave))))
-
-
-def read_wav(content: bytes, rate: int) -> Tensor:
-    """A WAV file → mono samples ``(L,)`` in [-1, 1] at ``rate`` a second.
-
-    Raises:
-        Unreadable: it is no WAV file, an empty one, or one of numbers that are not finite.
-    """
-    from scipy.io import wavfile
-    from scipy.signal import resample_poly
-
-    try:
-        own, samples = wavfile.read(io.BytesIO(content))
-    except (ValueError, EOFError, OSError, TypeError, struct.error) as error:
-        raise Unreadable(f"it is no WAV file that can be read ({error})") from error
-    if samples.size == 0:
-        raise Unreadable("it holds no samples")
-    wave = samples.astype(np.float64)
-    if samples.dtype == np.uint8:
-        wave = (wave - 128) / 128
-    elif np.issubdtype(samples.dtype, np.integer):
-        wave = wave / -float(np.iinfo(samples.dtype).min)
-    wave = wave.mean(1) if wave.ndim == 2 else wave
-    if not np.isfinite(wave).all():
-        raise Unreadable("its samples must be finite numbers")
-    if own != rate:
-        common = math.gcd(own, rate)
-        wave = resample_poly(wave, rate // common, own // common)
-    return torch.from_numpy(wave.astype(np.float32))
 
 
 def _read_array(path: Path) -> Tensor:

@@ -36,10 +36,11 @@ from isthmus.codec import UserError, load_weights, save_weights, write_atomicall
 from isthmus.data import Dataset, Memory, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.local import local
+from isthmus.data.readers.sounds import Sounds
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._unireplknet_files import SUFFIXES, Sounds, read_file
+from isthmus.recipes._unireplknet_files import SUFFIXES, read_file
 from isthmus.recipes._unireplknet_models import make_model, make_objective
 from isthmus.recipes._unireplknet_pictures import draw_answer, draw_forecast, draw_inputs
 from isthmus.recipes._unireplknet_tasks import (
@@ -301,7 +302,8 @@ def _sources(config: Config, name: str, seed: int) -> tuple[Dataset, Dataset]:
     if config.test_samples and config.test_samples < len(held_out):
         held_out = held_out.select(range(config.test_samples))  # type: ignore[arg-type]
     if name == "audio" and isinstance(train[0]["audio"], bytes):
-        return Sounds(train, task), Sounds(held_out, task)
+        length = int(task.rate * task.window) + (task.frames - 1) * int(task.rate * task.hop)
+        return Sounds(train, task.rate, length), Sounds(held_out, task.rate, length)
     return train, held_out
 
 
