@@ -69,7 +69,7 @@ def test_class_names_of_hugging_face_files_are_kept(tmp_path):
 
 
 def test_file_names_and_folders_say_the_split(tmp_path):
-    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "validation/part", "my_test")):
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "validation/part", "test")):
         write(tmp_path / f"{name}.parquet", rows=20 + number)
     sizes = {part: len(data.load(f"parquet:{tmp_path}", part)) for part in ("train", "val", "test", "all")}
     assert sizes == {"train": 41, "val": 22, "test": 23, "all": 86}

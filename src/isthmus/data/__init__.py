@@ -6,7 +6,7 @@ have.
 """
 
 from isthmus.data.dataset import COLUMNS, Dataset, Memory, Subset, collate
-from isthmus.data.loading import batches, evaluation_batches, steps_per_epoch
+from isthmus.data.loading import batches, evaluation_batches, example_batch, steps_per_epoch
 from isthmus.data.repeated import Repeated
 from isthmus.data.sources import Source, load, sources
 from isthmus.data.subsets import class_names, subset
@@ -22,6 +22,7 @@ __all__ = [
     "class_names",
     "collate",
     "evaluation_batches",
+    "example_batch",
     "load",
     "sources",
     "steps_per_epoch",

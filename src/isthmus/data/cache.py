@@ -56,7 +56,7 @@ def keep_small(dataset: Dataset) -> Dataset:
                     values.append(sample[key])
     data: dict[str, Any] = {"image": store, **{key: _stacked(values) for key, values in columns.items()}}
     ordered = {key: data[key] for key in first if key in data}
-    return Memory(dataset.name, ordered, dataset.columns, dataset.classes, bad)
+    return Memory(dataset.name, ordered, dataset.columns, dataset.classes, bad).like(dataset)
 
 
 def _stacked(values: list[Any]) -> Tensor | list[Any]:

@@ -40,6 +40,8 @@ class Dataset(ABC):
         wanted: the columns that are read.
         classes: names of the labels, or ``None``.
         image_size: ``(H, W)`` where all images are known to have one size; ``None`` otherwise.
+        mask_classes: names of the numbers in masks, or ``None``.
+        notes: sentences about how the source was understood, for the log and the report.
         in_memory: fetching costs next to nothing, so that worker processes would only slow it down.
         skipped: ``(sample, reason)`` of every unreadable sample met so far.
     """
@@ -58,7 +60,14 @@ class Dataset(ABC):
         self.classes = None if classes is None else list(classes)
         self.image_size = image_size
         self.in_memory = in_memory
+        self.mask_classes: list[str] | None = None
+        self.notes: list[str] = []
         self.skipped: list[tuple[str, str]] = []
+
+    def like(self, dataset: Dataset) -> Self:
+        """Take over what is known of the source that ``dataset`` holds too."""
+        self.mask_classes, self.notes = dataset.mask_classes, dataset.notes
+        return self
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -200,6 +209,7 @@ class Subset(Dataset):
         if self.indices.size and (self.indices.min() < 0 or self.indices.max() >= len(dataset)):
             raise ValueError(f"select takes numbers from 0 to {len(dataset) - 1}")
         self.skipped, self.wanted = dataset.skipped, dataset.wanted
+        self.like(dataset)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -351,8 +361,14 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def pick_needs(name: str, needs: Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
+def pick_needs(name: str, needs: Sequence[str], available: Sequence[str], hint: str = "") -> tuple[str, ...]:
     """The columns to read: all of ``needs`` (those ending in ``?`` only if the source has them).
+
+    Args:
+        name: of the source.
+        needs: what a job reads.
+        available: what the source has.
+        hint: what to do where a column is missing.
 
     Raises:
         UserError: a needed column is missing; the message lists those that are there.
@@ -366,5 +382,7 @@ def pick_needs(name: str, needs: Sequence[str], available: Sequence[str]) -> tup
             missing.append(column)
     if missing:
         what = "columns " + ", ".join(missing) if len(missing) > 1 else f"column {missing[0]}"
-        raise UserError(f"{name} has no {what}, which this job needs; it has: {', '.join(available)}.")
+        raise UserError(
+            f"{name} has no {what}, which this job needs; it has: {', '.join(available)}.{f' {hint}.' if hint else ''}"
+        )
     return tuple(wanted)

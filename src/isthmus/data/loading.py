@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
@@ -106,6 +107,21 @@ def evaluation_batches(
     steps = range(rank, -(-len(dataset) // batch_size), world)
     found = _run(_InOrder(dataset, batch_size, transform), steps, workers)
     return (batch for batch in found if len(batch["index"]))
+
+
+def example_batch(
+    dataset: Dataset | Stream, numbers: Sequence[int] | np.ndarray, transform: Transform | None = None
+) -> dict[str, Any]:
+    """Some samples as :func:`evaluation_batches` would give them; in the place of an unreadable one stands the next.
+
+    Raises:
+        UserError: not one sample of the source can be read.
+    """
+    each, whole = divided(transform, dataset.image_size)
+    generator = torch.Generator().manual_seed(0)
+    samples = dataset.samples(numbers)
+    batch = as_floats(collate([each.one(sample, generator) for sample in samples] if each else samples))
+    return whole(batch, generator) if whole else batch
 
 
 class _Plan(NamedTuple):

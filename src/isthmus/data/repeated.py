@@ -38,6 +38,7 @@ class Repeated(Dataset):
         super().__init__(dataset.name, dataset.columns, dataset.classes, dataset.image_size, dataset.in_memory)
         self.dataset, self.times = dataset, times
         self.skipped, self.wanted = dataset.skipped, dataset.wanted
+        self.like(dataset)
 
     def _keep_columns(self, columns: tuple[str, ...]) -> None:
         super()._keep_columns(columns)

@@ -85,9 +85,9 @@ _SOURCES = {
             "folder",
             "readers.files",
             "path",
-            "a folder of images, with or without a subfolder a class",
+            "a folder of images or sounds, with classes, masks or a table beside them",
             True,
-            False,
+            True,
             True,
         ),
         Source(

@@ -7,6 +7,7 @@ part is pooled and carved 80/10/10, at least one sample each. ``train+val`` join
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -48,6 +49,35 @@ def check_split(name: str, split: str, parts: Collection[str] = (*PARTS, "all"))
 def part_of(word: str) -> str | None:
     """The split that a folder or split name stands for (``validation`` → ``val``), or ``None``."""
     return next((part for part, names in _ALIASES.items() if word.lower() in names), None)
+
+
+#: ``train``, ``train-00000-of-00004``, ``test_12``, ``val.3``; the hub's older files end in a hash.
+_WORDS = "|".join(word for words in _ALIASES.values() for word in words)
+_NUMBERED = re.compile(rf"(?:(.*)[-_.])?({_WORDS})(?:[-_.]?\d+(?:-of-\d+)?)*(?:-[0-9a-f]{{16}})?", re.IGNORECASE)
+
+
+def name_parts(names: Sequence[str]) -> list[str | None]:
+    """The part of every file of a table, by names relative to its folder.
+
+    All folders of one level are parts (``train/…``, ``validation/…``), or a file is called like one, with or without
+    its number (``train-00000-of-00004.parquet``), or all files begin alike and differ in the part
+    (``birds-train-0.tar``, ``birds-test-0.tar``). A word elsewhere in a name says nothing.
+    """
+    folders = [name.split("/")[:-1] for name in names]
+    for level in range(max(map(len, folders), default=0)):
+        if all(part_of(each[level]) for each in folders if len(each) > level):
+            loose = iter(_stem_parts([name for name, each in zip(names, folders, strict=True) if len(each) <= level]))
+            return [part_of(each[level]) if len(each) > level else next(loose) for each in folders]
+    return _stem_parts(names)
+
+
+def _stem_parts(names: Sequence[str]) -> list[str | None]:
+    found = [_NUMBERED.fullmatch(re.split(r"\.(?!\d)", name.rpartition("/")[2])[0]) for name in names]
+    before = {match[1] if match else None for match in found}
+    parts = [part_of(match[2]) if match else None for match in found]
+    if all(parts) and len(before) == 1 and len(set(parts)) > 1:
+        return parts
+    return [part if match and not match[1] else None for part, match in zip(parts, found, strict=True)]
 
 
 def divide(parts: Sequence[str | None], split: str, fractions: np.ndarray) -> np.ndarray:

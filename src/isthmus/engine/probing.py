@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isthmus.data import Dataset, Memory, evaluation_batches
+from isthmus.data import Dataset, Memory, evaluation_batches, example_batch
 from isthmus.data.transforms import Transform
 from isthmus.engine.fit import fit
 from isthmus.engine.run import Run
@@ -60,7 +60,9 @@ def probe(
         augmented: the same, with augmentation, for training; ``None`` trains without.
     """
     encoder = encoder.to(run.fabric.device).eval()
-    (level,), _ = next(_features(run, encoder, dataset.select([0]), transform))
+    with torch.no_grad():
+        first = example_batch(dataset, [0], transform)["image"]
+        (level,) = (level.cpu() for level in encoder(run.fabric.to_device(first)))
     head = make_head(level)
     if augmented is not None or level.numel() * level.element_size() * len(dataset) > _KEPT:
         objective = Classification(encoder, head, frozen=True)

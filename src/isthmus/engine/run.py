@@ -79,6 +79,7 @@ class Run:
         self.is_first = self.rank == 0
         self.sharded = self.options.strategy == "fsdp" and self.world > 1
         self._lock: folder.Lock | None = None
+        self._remarks: set[str] = set()
         self.dir, self.resumed = self._open()
         self.phases: list[str] = []
         self._began = time.monotonic()
@@ -210,6 +211,13 @@ class Run:
     def note(self, text: str) -> None:
         """Record a sentence for the report's reader."""
         self._tell("note", text)
+
+    def remark(self, text: str) -> None:
+        """Log and record a sentence, once however often it is told."""
+        if text not in self._remarks:
+            self._remarks.add(text)
+            self.log(text)
+            self.note(text)
 
     def curves(self, phase: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
         """Record the curves of a phase; fit does so at its end."""

@@ -18,10 +18,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, checkpoints, load_weights, save_weights
-from isthmus.data import Dataset, Repeated, evaluation_batches
+from isthmus.data import Dataset, Repeated, evaluation_batches, example_batch
 from isthmus.data.dataset import Unreadable
 from isthmus.data.inputs import usual_crop as usual_crop
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.splits import spaced
 from isthmus.data.subsets import class_names as class_names
 from isthmus.data.subsets import subset as subset
 from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize, Transform
@@ -142,8 +143,7 @@ def look(run: Run, network: nn.Module, classes: Sequence[str], dataset: Dataset,
     table = confusion(run, network, len(classes), dataset, transform)
     if len(classes) <= 16:
         run.figure("confusion", figures.confusion_matrix(table, classes), "How often each class is taken for which.")
-    chosen = dataset.select(np.arange(min(16, len(dataset))) * len(dataset) // 16)
-    batch = next(evaluation_batches(chosen, len(chosen), transform=transform))
+    batch = example_batch(dataset, spaced(len(dataset), 16), transform)
     with torch.no_grad():
         told = network(run.fabric.to_device(batch["image"])).argmax(1).cpu()
     names = [classes[int(label)] for label in told]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from isthmus.data import Dataset, evaluation_batches
+from isthmus.data import Dataset, evaluation_batches, example_batch
 from isthmus.data.transforms import Compose, Resize
 from isthmus.engine import Run
 from isthmus.objectives.segmentation import Segmentation
@@ -56,8 +56,8 @@ def examples(
     name: str = "examples",
 ) -> None:
     """Held-out pictures, their masks and what is told of them, as a figure of the run."""
-    chosen = dataset.select(np.arange(min(6, len(dataset))))
-    batch = next(evaluation_batches(chosen, len(chosen), transform=Resize(size)))
+    chosen = range(min(6, len(dataset)))
+    batch = example_batch(dataset, chosen, Resize(size))
     normal = shared.Normalize()({"image": batch["image"]}, torch.Generator())["image"]
     told = objective.logits(run.fabric.to_device(normal)).argmax(1).cpu()
     colours = torch.tensor(palette(max(classes, int(batch["mask"].max()) + 1)), dtype=torch.uint8)

@@ -32,11 +32,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm, load_weights, save_weights, spec_of
 from isthmus.codec.checkpoints import read_checkpoint
-from isthmus.data import Dataset, evaluation_batches, load
+from isthmus.data import Dataset, evaluation_batches, example_batch, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.hashing import below, words
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.readers.local import local
+from isthmus.data.splits import spaced
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Normalize, RandomCrop, Resize, Transform
 from isthmus.decoders import probes as heads
 from isthmus.decoders.probes import AlexNetProbe, ConvProbe, NonLinearProbe, PooledProbe
@@ -457,8 +458,7 @@ def _layer(config: Config, network: nn.Module) -> int:
 def _draw(
     run: Run, objective: Rotation, dataset: Dataset, transform: Transform, untrained: nn.Module, confusion: Tensor
 ) -> None:
-    chosen = dataset.select(np.arange(min(6, len(dataset))) * len(dataset) // 6)
-    images = next(evaluation_batches(chosen, len(chosen), transform=transform))["image"]
+    images = example_batch(dataset, spaced(len(dataset), 6), transform)["image"]
     copies, target = objective.copies(images)
     with torch.no_grad():
         told = objective.logits(run.fabric.to_device(copies)).argmax(1).cpu()

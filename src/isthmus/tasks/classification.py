@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from isthmus import saved
 from isthmus.codec import create_timm
-from isthmus.data import Dataset, Repeated, evaluation_batches, load
+from isthmus.data import Dataset, Repeated, example_batch, load
 from isthmus.data.inputs import Inputs
+from isthmus.data.splits import spaced
 from isthmus.data.subsets import class_names
 from isthmus.data.transforms import Transform
 from isthmus.data.transforms.augmentation import DEIT as DEIT
@@ -222,8 +223,7 @@ def show(run: Run, model: nn.Module, classes: Sequence[str], held_out: Dataset, 
     if len(classes) <= 16:
         table = confusion_matrix(run, model, held_out, len(classes), transform)
         run.figure("confusion", figures.confusion_matrix(table, classes), "How often each class is taken for which.")
-    chosen = held_out.spread(16)
-    batch = next(evaluation_batches(chosen, len(chosen), transform=transform))
+    batch = example_batch(held_out, spaced(len(held_out), 16), transform)
     with torch.no_grad():
         predicted = model.eval()(run.fabric.to_device(batch["image"])).argmax(1).cpu()
     names = [classes[int(label)] for label in predicted]

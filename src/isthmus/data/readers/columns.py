@@ -7,6 +7,7 @@ type fits; what stays uncertain is told by the person: ``?image=pic&label=object
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from isthmus.data.readers.masks import Palette, as_mask
 _ALIASES = {
     "image": ("image", "img", "images", "picture", "photo", "pixel_values", "jpg", "jpeg", "png", "webp", "image.jpg"),
     "label": ("label", "labels", "fine_label", "target", "class", "category", "cls", "digit", "y"),
-    "mask": ("mask", "segmentation_mask", "segmentation", "annotation", "seg", "label", "mask.png", "seg.png"),
+    "mask": (
+        *("mask", "segmentation_mask", "segmentation", "annotation", "seg", "label", "mask.png", "seg.png"),
+        *("mask_file_name", "mask_path"),
+    ),
     "boxes": ("boxes", "bboxes"),  # bbox is as often xywh as xyxy: not guessed
     "labels": ("labels", "categories", "classes", "category"),
     "caption": ("caption", "captions", "text", "txt", "sentence", "sentences"),
@@ -35,6 +39,8 @@ _ALIASES = {
     "tokens": ("tokens", "input_ids"),
     "subject": ("subject", "subject_id", "speaker", "speaker_id", "participant"),
 }
+_FEW = 4096  # labels below are taken as they are, however few of them occur
+_MOST = 2**20  # labels of a stream, which nobody has seen all of, are below
 _FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
     "xyxy": lambda boxes: boxes,
     "xywh": lambda boxes: torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
@@ -75,24 +81,34 @@ class Columns:
         self.features, self.folder, self.boxes_format, self.palette = features, folder, boxes_format, palette
         self.source = _resolve(name, features, renames)
         self.names: dict[str, list[str]] = {}
+        self._places: dict[str, dict[int, int]] = {}
         for column, path in self.source.items():
             kind = _innermost(_feature(features, path))
             if isinstance(kind, datasets.ClassLabel):
                 self.names[column] = list(kind.names)
 
+    def numbered(self, columns: Iterable[str]) -> list[str]:
+        """Those of ``columns`` that number classes or people by cells of their own: :meth:`learn` them beforehand."""
+        return [column for column in columns if column in ("label", "labels", "subject") and column not in self.names]
+
     def wordy(self, columns: Iterable[str]) -> list[str]:
-        """Those of ``columns`` that hold words where numbers are wanted; :meth:`learn` their values before reading."""
-        kinds = {column: _innermost(_feature(self.features, self.source[column])) for column in columns}
-        return [
-            column
-            for column, kind in kinds.items()
-            if column in ("label", "labels", "subject") and getattr(kind, "dtype", "").endswith("string")
-        ]
+        """Those of :meth:`numbered` that hold words."""
+        kinds = {column: _innermost(_feature(self.features, self.source[column])) for column in self.numbered(columns)}
+        return [column for column, kind in kinds.items() if getattr(kind, "dtype", "").endswith("string")]
 
     def learn(self, column: str, values: Iterable[Any]) -> None:
-        """Number the words of a column in alphabetical order."""
-        words = (word for value in values for word in (value if isinstance(value, list) else [value]))
-        self.names[column] = sorted({word for word in words if word is not None})
+        """Number the words of a column in alphabetical order, and numbers that are far apart or negative in theirs."""
+        cells = {cell for value in values for cell in (value if isinstance(value, list) else [value])}
+        words = sorted(cell for cell in cells if isinstance(cell, str))
+        if words:
+            self.names[column] = words
+            return
+        numbers = sorted({int(cell) for cell in cells if isinstance(cell, (int, float)) and _is_whole(cell)})
+        if numbers and numbers[0] == -1 and numbers[1:4] == [0, 1, 2]:  # the usual sign of no label
+            del numbers[0]
+        if numbers and (numbers[0] < 0 or numbers[-1] >= max(_FEW, 4 * len(numbers))):
+            self.names[column] = [str(number) for number in numbers]
+            self._places[column] = {number: place for place, number in enumerate(numbers)}
 
     def values(self, rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Any]:
         """The untouched cells of one column."""
@@ -158,23 +174,39 @@ class Columns:
             return torch.tensor(self._number(column, value))
         if column == "caption":
             text = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(text, (int, float)) and _is_whole(text):  # a number to be read
+                text = str(int(text))
             if not isinstance(text, str):
                 raise Unreadable("the cell holds no text")
             return text
         if column == "tokens":
             return torch.as_tensor(np.asarray(value, dtype=np.int64))
         if column == "signal":
-            return torch.as_tensor(np.asarray(value, dtype=np.float32))
-        if column == "audio" and isinstance(value, Mapping) and value.get("bytes"):
-            return value["bytes"]
+            return torch.atleast_2d(torch.as_tensor(np.asarray(value, dtype=np.float32)))  # one series is one channel
+        if column == "audio" and isinstance(value, (str, bytes, Mapping)):
+            file = file_in(_located(value, self.folder))
+            return read_file(file) if isinstance(file, Path) else file
         return _plain(value)
 
-    def _number(self, column: str, value: Any) -> int | float:
-        if value is None:
+    def _number(self, column: str, value: Any) -> int:
+        """The class or person that a cell stands for."""
+        if value is None or value != value:
             raise Unreadable("the cell is empty")
+        names = self.names.get(column)
         if isinstance(value, str):
-            return self.names[column].index(value)
-        return int(value) if float(value).is_integer() else float(value)
+            if names is None or value not in names:
+                raise Unreadable(f"{value!r} is none of the known words")
+            return names.index(value)
+        if not _is_whole(value):
+            raise Unreadable(f"{value} is no whole number, as classes are")
+        number = self._places[column].get(int(value), -1) if column in self._places else int(value)
+        if not 0 <= number < (len(names) if names else _MOST):
+            raise Unreadable(f"{value} is no class{f': there are {len(names)}' if names else ''}")
+        return number
+
+
+def _is_whole(value: float) -> bool:
+    return isinstance(value, int) or (math.isfinite(value) and float(value).is_integer())
 
 
 def _resolve(name: str, features: datasets.Features, renames: Mapping[str, str]) -> dict[str, str]:
@@ -190,17 +222,24 @@ def _resolve(name: str, features: datasets.Features, renames: Mapping[str, str])
     for exact in (True, False):
         for column, aliases in _ALIASES.items():
             for alias in aliases[:1] if exact else aliases:
-                if column not in found and alias in features and alias not in taken and _fits(column, features[alias]):
+                if (
+                    column not in found
+                    and alias in features
+                    and alias not in taken
+                    and _fits(column, alias, features[alias])
+                ):
                     found[column] = alias
                     taken.add(alias)
     pictures = [each for each, kind in features.items() if isinstance(kind, datasets.Image) and each not in taken]
     if "image" not in found and len(pictures) == 1:
         found["image"] = pictures[0]
     others = {each: each for each in features if each not in found.values() and not each.startswith("__")}
+    if "caption" not in found and _fits("label", "number", features.get("number")):
+        found["caption"] = "number"  # what a picture of a number says
     return found | {column: path for column, path in others.items() if column not in found}
 
 
-def _fits(column: str, kind: Any) -> bool:
+def _fits(column: str, alias: str, kind: Any) -> bool:
     """Whether a column of this type can be what its name says (``labels`` is one number here and a list there)."""
     listed = isinstance(kind, (datasets.List, datasets.LargeList, list)) or hasattr(kind, "shape")
     number = isinstance(kind, datasets.ClassLabel) or (
@@ -211,7 +250,8 @@ def _fits(column: str, kind: Any) -> bool:
     if column in ("boxes", "labels", "tokens", "signal"):
         return listed
     if column == "mask":
-        return listed or isinstance(kind, datasets.Image) or _holds_bytes(kind)
+        path = alias.startswith("mask") and getattr(kind, "dtype", "").endswith("string")
+        return listed or isinstance(kind, datasets.Image) or _holds_bytes(kind) or path
     if column == "image":
         return (
             listed or isinstance(kind, datasets.Image) or _holds_bytes(kind) or getattr(kind, "dtype", "") == "string"

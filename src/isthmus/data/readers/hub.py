@@ -19,7 +19,7 @@ from isthmus.codec import UserError
 from isthmus.data.cache import keep_small
 from isthmus.data.dataset import pick_needs
 from isthmus.data.readers.columns import Columns
-from isthmus.data.readers.tables import Table, quiet
+from isthmus.data.readers.tables import Table, arrow, learn, quiet
 from isthmus.data.splits import divide, part_of, row_fractions, spaced
 
 _STREAM_ABOVE = 8 * 2**30  # bytes to download
@@ -84,8 +84,7 @@ def load(
         table = datasets.concatenate_datasets([tables[key] for key in parts])
     columns = Columns(name, table.features, renames or {}, boxes_format)
     wanted = pick_needs(name, needs, tuple(columns.source))
-    for column in columns.wordy(wanted):
-        columns.learn(column, columns.values(table.select_columns(columns.top([column])), column))
+    learn(columns, arrow(table), wanted)
     return keep_small(Table(name, table, rows, columns, wanted, list(zip(starts, parts, strict=False))))
 
 

@@ -66,8 +66,12 @@ def decode_mask(source: bytes | Path, picture: Header | None = None, palette: Pa
         elif image.format == "TIFF":  # Pillow has turned it
             own = 1
         image = turn(image, own)
-        if palette is not None:
-            return torch.from_numpy(palette.numbers(np.asarray(image.convert("RGB"))))
+        if palette is not None and image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;"):
+            try:
+                return torch.from_numpy(palette.numbers(np.asarray(image.convert("RGB"))))
+            except Unreadable:
+                if image.mode != "P":  # whose positions may be the numbers, whatever their colours
+                    raise
         return _as_numbers(np.asarray(image))
 
 

@@ -24,8 +24,8 @@ from isthmus.codec import UserError
 from isthmus.data.dataset import pick_needs
 from isthmus.data.readers.columns import Columns
 from isthmus.data.readers.streams import Shard, Stream
-from isthmus.data.readers.tables import encoded, file_part, find, quiet
-from isthmus.data.splits import PARTS, check_split
+from isthmus.data.readers.tables import encoded, find, quiet
+from isthmus.data.splits import PARTS, check_split, name_parts
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".parquet")
 _HELD_OUT = 10  # one shard in so many is held out for val, and another for test
@@ -47,11 +47,9 @@ def load(
     Raises:
         UserError: no such shard, none readable, a missing column, or no shard for the split.
     """
-    shards, parts = [], []
     addresses = _addresses(pattern, name)
-    for address in addresses:
-        shards.append(_shard(*address))
-        parts.append(file_part(Path(address[0]), Path()))
+    shards = [_shard(*address) for address in addresses]
+    parts = name_parts([address[0] for address in addresses])
     stream = _stream(name, shards, _chosen(name, shards, parts, split), needs, renames or {}, boxes_format, buffer)
     cut = [Path(address) for _, address in addresses if _is_cut(address)]
     stream.skipped += [(file.name, "is cut short; samples are read up to there") for file in cut]

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from isthmus.codec import UserError
 from isthmus.data.cache import keep_small
 from isthmus.data.dataset import Dataset, Unreadable, pick_needs
 from isthmus.data.readers.columns import Columns
-from isthmus.data.splits import divide, part_of, row_fractions, spaced
+from isthmus.data.splits import divide, name_parts, row_fractions, spaced
 
 _STREAM_ABOVE = 32 * 2**30  # bytes of parquet that are no longer copied into the cache of datasets
 
@@ -126,7 +126,8 @@ def load(
         raise UserError(f"{broken[0][0]} is not a readable parquet file: {broken[0][1]}.")
     files = list(lengths)
     starts = [0, *accumulate(lengths.values())]
-    parts = [part for file in files for part in [file_part(file, root)] * lengths[file]]
+    named = name_parts([file.relative_to(root).as_posix() for file in files])
+    parts = [part for part, file in zip(named, files, strict=True) for part in [part] * lengths[file]]
     fractions = [row_fractions(file.relative_to(root).as_posix(), lengths[file]) for file in files]
     chosen = divide(parts, split, np.concatenate(fractions))
     if not len(chosen):
@@ -142,14 +143,37 @@ def load(
         table = datasets.load_dataset("parquet", data_files=[str(files[i]) for i in used], split="train")
     columns = Columns(name, table.features, renames or {}, boxes_format, files[0].parent)
     wanted = pick_needs(name, needs, tuple(columns.source))
-    for column in columns.wordy(wanted):
-        with quiet(name):  # of all files, so that a word has the same number in every split
-            cells = [pq.read_table(file, columns=columns.top([column])).to_pylist() for file in files]
-        columns.learn(column, columns.values(chain.from_iterable(cells), column))
+    with quiet(name):  # of all files, so that a word has the same number in every split
+        learn(columns, lambda chosen: (pq.read_table(file, columns=chosen) for file in files), wanted)
     places = [(offset, str(files[i].relative_to(root))) for offset, i in zip(offsets, used, strict=False)]
     dataset = keep_small(Table(name, table, local, columns, wanted, places))
     dataset.skipped[:0] = [(str(file), reason) for file, reason in broken]
     return dataset
+
+
+def learn(columns: Columns, read: Callable[[list[str]], Iterable[pa.Table]], wanted: Sequence[str]) -> None:
+    """Find out which words and numbers occur where classes and people are wanted.
+
+    Args:
+        columns: learns them.
+        read: gives all rows of some of the table's columns.
+        wanted: the columns that will be read.
+    """
+    for column in columns.numbered(wanted):
+        for_one = columns.top([column])
+        columns.learn(column, chain.from_iterable(_occurring(columns, rows, column) for rows in read(for_one)))
+
+
+def _occurring(columns: Columns, rows: pa.Table, column: str) -> Iterable[Any]:
+    path = columns.source[column]
+    if path in rows.column_names and not pa.types.is_nested(rows.schema.field(path).type):
+        return pc.unique(rows[path]).to_pylist()
+    return columns.values(rows.to_pylist(), column)
+
+
+def arrow(table: datasets.Dataset) -> Callable[[list[str]], Iterable[pa.Table]]:
+    """Gives rows of some columns, for :func:`learn`."""
+    return lambda chosen: [table.select_columns(chosen).with_format("arrow")[:]]
 
 
 def encoded(table: Any) -> Any:
@@ -215,9 +239,3 @@ def _lengths(files: Sequence[Path]) -> tuple[dict[Path, int], list[tuple[Path, s
         except (OSError, pa.ArrowException) as error:
             broken.append((file, f"it may be cut short ({' '.join(str(error).split())[:120]})"))
     return lengths, broken
-
-
-def file_part(file: Path, root: Path) -> str | None:
-    """The split that the name of a file, or of a folder on the way to it, says."""
-    words = [word for step in file.relative_to(root).parts for word in re.split(r"[^A-Za-z]+", step.split(".")[0])]
-    return next((part for word in words if (part := part_of(word))), None)

@@ -60,7 +60,7 @@ class Scenes(Dataset):
         self.object_classes = _class_names(self.space, self.object_task)
         self.factor_names = self.space.varying if max(self.space.objects) == 1 else ()
         super().__init__(name, columns(self.space), _class_names(self.space, self.task), (size, size))
-        self.wanted = tuple(wanted)
+        self.wanted, self.mask_classes = tuple(wanted), ["ground", *self.object_classes]
 
     def __len__(self) -> int:
         return sum(len(numbers) for _, numbers in self.draws)
