@@ -107,7 +107,7 @@ def _rows(name: str, root: Path, table: str) -> list[dict[str, Any]]:
             f"{name}: {table} has no column file_name with the names of files; it has {', '.join(map(str, rows[0]))}."
         )
     for row in rows:
-        file = row.pop(column, None)
+        file = row.pop(column or "", None)
         row["file_name"] = f"{below}/{file}".lstrip("/") if file else ""
         for key in ("mask", "mask_file_name", "mask_path"):
             if isinstance(row.get(key), str) and below:

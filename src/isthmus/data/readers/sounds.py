@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import math
@@ -108,7 +109,7 @@ def _wav(data: bytes) -> tuple[int, np.ndarray]:
 
 def _other(data: bytes) -> tuple[int, np.ndarray]:
     try:
-        import soundfile
+        soundfile: Any = importlib.import_module("soundfile")
     except (ImportError, OSError) as error:
         raise Unreadable(
             "it is no WAV file; for FLAC, MP3 and OGG install soundfile (pip install 'isthmus[sound]')"

@@ -19,7 +19,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from isthmus.codec import UserError
@@ -167,7 +166,7 @@ def learn(columns: Columns, read: Callable[[list[str]], Iterable[pa.Table]], wan
 def _occurring(columns: Columns, rows: pa.Table, column: str) -> Iterable[Any]:
     path = columns.source[column]
     if path in rows.column_names and not pa.types.is_nested(rows.schema.field(path).type):
-        return pc.unique(rows[path]).to_pylist()
+        return rows[path].unique().to_pylist()
     return columns.values(rows.to_pylist(), column)
 
 
