@@ -14,10 +14,14 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from isthmus import catalog, cli, recipes
 from isthmus.catalog import Claim, System
@@ -93,20 +97,6 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
         target.write_text(path.read_text() + (run_dir / "weights.txt").read_text())
         written.append(target)
     return written
-
-
-def convert(path: Path, out: Path, half: bool = False, prefix: str = "") -> Path:
-    """Turn a toy checkpoint over.
-
-    Args:
-        path: the file.
-        out: where it goes.
-        half: in half.
-        prefix: put before it.
-    """
-    text = path.read_text()
-    out.write_text(prefix + (text[: len(text) // 2] if half else text))
-    return out
 '''
 
 SYSTEM = System(
@@ -385,8 +375,8 @@ def test_a_bug_is_told_in_one_line_and_shown_whole_on_request(
         (["claim"], "name one system, or give --all"),
         (["claim", "toy", "--seeds", "1", "1"], "--seeds takes different numbers"),
         (["claim", "natra"], "natra has no recipe yet"),
-        (["convert", "x.pth"], "--system"),
-        (["convert", "x.pth", "--system", "toy"], "there is no file x.pth"),
+        (["convert", "x.pth"], "there is no checkpoint x.pth"),
+        (["convert", "x.pth", "--system", "toy"], "toy has no published checkpoint"),
         (["completion", "tcsh"], "tcsh"),
     ],
 )
@@ -584,21 +574,59 @@ def test_report_finds_runs_and_writes_one_page(call: Call, toy: Path) -> None:
     assert text.count("<article") == 1
 
 
-def test_convert_passes_the_recipes_own_options(call: Call, toy: Path) -> None:
-    (toy / "official.pth").write_text("abcd")
-    assert call("convert", "official.pth", "--system", "toy")[1] == "official.safetensors\n"
-    assert (toy / "official.safetensors").read_text() == "abcd"
-    code, out, _ = call("convert", "official.pth", "--system", "toy", "--out", "x", "--half", "--prefix", "p")
-    assert (code, out, (toy / "x").read_text()) == (0, "x\n", "pab")
+@pytest.fixture
+def convertible(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy has published checkpoints, which do not tell how they are scaled; there is one, and a moving average."""
+    from isthmus.codec import tables
+    from isthmus.codec.published import Published
+
+    def read(found: Any, half: bool = False, shift: float = 0.0) -> Any:
+        """Turn a toy checkpoint over.
+
+        Args:
+            found: the file.
+            half: in half.
+            shift: added to it.
+        """
+        return {"x": found.state["toy.x"] / (2 if half else 1) + shift}
+
+    module = types.ModuleType("isthmus_toy")
+    module.PUBLISHED = Published(of="toy", marks=r"^toy\.", make=read)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "isthmus_toy", module)
+    monkeypatch.setattr(tables, "PUBLISHED", {"toy": ("isthmus_toy",)})
+    torch.save({"model": {"toy.x": torch.ones(1)}, "model_ema": {"toy.x": torch.zeros(1)}}, toy / "official.pth")
+    return toy
+
+
+def test_convert_passes_what_a_file_does_not_tell(call: Call, convertible: Path) -> None:
+    def value(name: str) -> float:
+        return float(load_file(convertible / name)["x"])
+
+    code, out, err = call("convert", "official.pth", "--system", "toy")
+    assert (code, out, value("official.safetensors")) == (0, "official.safetensors\n", 1.0)
+    assert "toy: took 'model' of official.pth: 1 tensors; left out model_ema (a moving average)" in err
+    code, out, _ = call("convert", "official.pth", "--out", "x", "--half", "--shift", "3")
+    assert (code, out, value("x")) == (0, "x\n", 3.5)
+    assert call("convert", "official.pth", "--ema", "--out", "y")[0] == 0
+    assert value("y") == 0.0
     code, _, err = call("convert", "official.pth", "--system", "toy", "--hlaf")
     assert code == 2
     assert "nearest: --half" in err
     code, out, _ = call("convert", "official.pth", "--system", "toy", "--help")
     assert code == 0
-    assert "--prefix" in out
+    assert "--shift" in out
     code, _, err = call("convert", "official.pth", "--system", "toy", "--out", "official.pth")
     assert code == 2
     assert "would overwrite" in err
+    torch.save({"other.x": torch.ones(1)}, convertible / "other.pth")
+    code, _, err = call("convert", "other.pth")
+    assert code == 2
+    assert "name the system with --system: toy" in err
+    code, _, err = call("convert", "other.pth", "--system", "toy")
+    assert code == 2
+    assert "no published checkpoint of toy: nothing there is named like other.x" in err
+    code, _, err = call("convert", "official.pth", "--system", "vae-gan")
+    assert code == 2
 
 
 # ------------------------------------------------------------------------------------------------------- completion

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from safetensors import safe_open
 
 import isthmus
 from isthmus.codec import UserError
@@ -51,25 +49,6 @@ def test_locality_is_followed_from_the_start(trained: tuple[Path, dict[str, Any]
     assert '"vit_200/evaluate/gate_0' not in curves
     over = convit._over_training({"gate_0": 0.73}, {"evaluate/gate_0": [(30, 0.7), (60, 0.6)]})
     assert over == {"gate_0": [(0.0, 0.73), (30, 0.7), (60, 0.6)]}
-
-
-def test_published_checkpoint_is_converted(tmp_path: Path) -> None:
-    network = timm.create_model("convit_tiny", num_classes=3)
-    torch.save({"model": network.state_dict(), "epoch": 299}, tmp_path / "convit_tiny.pth")
-    out = convit.convert(tmp_path / "convit_tiny.pth", tmp_path / "out.safetensors")
-    with safe_open(out, "pt") as file:
-        told = file.metadata()
-    again = timm.create_model(told["timm"], **json.loads(told["arguments"]), checkpoint_path=str(out))
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
-    for content, message in (
-        ({"model": {"head.weight": torch.zeros(3, 9)}}, "fits none of convit_tiny"),
-        ({"model": 3}, "holds no network; a checkpoint of ConViT"),
-    ):
-        torch.save(content, tmp_path / "other.pth")
-        with pytest.raises(UserError, match=message):
-            convit.convert(tmp_path / "other.pth", tmp_path / "x")
-    with pytest.raises(UserError, match="no PyTorch checkpoint that can be read safely"):
-        convit.convert(tmp_path / "absent.pth", tmp_path / "x")
 
 
 @pytest.mark.parametrize("heads", [1, 4, 9, 16])

@@ -12,13 +12,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import isthmus
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
-from isthmus.codec import UserError, build, load_weights
+from isthmus.codec import UserError
 from isthmus.data import load
 from isthmus.engine import Run
 from isthmus.recipes import dkvb
@@ -243,22 +242,6 @@ def _run(config: Config, folder: Path) -> None:
 
 def _unreachable(name: str, **kwargs: Any) -> None:
     raise OSError("no network")
-
-
-def test_published_files_are_converted(tmp_path: Path) -> None:
-    keys, values = torch.randn(3, 6, 4), torch.randn(3, 6, 2)
-    bottleneck = {"keys": keys, "values": values}
-    torch.save({"bottleneck": bottleneck, "splitter": {"rand_proj": torch.randn(3, 9, 4)}}, tmp_path / "model.pt")
-    out = dkvb.convert(tmp_path / "model.pt", tmp_path / "model.safetensors", topk=2)
-    with safe_open(out, "pt") as file:
-        made = build(json.loads(file.metadata()["part"]))
-    load_weights(made, out)
-    assert isinstance(made, KeyValueBottleneck)
-    assert (made.topk, made.fitted) == (2, True)
-    assert torch.equal(made.values, values)
-    torch.save({"weight": values}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="no checkpoint of a key-value bottleneck"):
-        dkvb.convert(tmp_path / "other.pt", tmp_path / "other.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------- measures

@@ -36,8 +36,6 @@ def test_it_has_the_functions_that_commands_call(recipe: ModuleType) -> None:
     if hasattr(recipe, "check"):
         recipe.check(recipe.Config())
         recipe.check(recipe.Config.paper())
-    if hasattr(recipe, "convert"):
-        assert list(inspect.signature(recipe.convert).parameters)[:2] == ["path", "out"]
     assert isinstance(recipe.needs, tuple)
     assert {column.removesuffix("?") for column in recipe.needs} <= COLUMNS  # ? marks what may be absent
 

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 import isthmus
 from isthmus.codec import UserError
@@ -19,7 +16,6 @@ from isthmus.engine import Run, Training
 from isthmus.recipes import hornet
 from isthmus.recipes.hornet import Config
 from isthmus.tasks.classification import Augmentation
-from tests.encoders.test_hornet import official
 
 SHORT = Training(steps=50, batch_size=8, optimizer="adam", lr=1e-2, final_lr_ratio=0.0, clip=5.0, evaluate_every=25)
 CLASSIFY = Training(steps=50, batch_size=32, lr=5e-3, warmup_steps=5, clip=1.0)
@@ -99,34 +95,6 @@ def test_any_network_and_filters_are_trained(tmp_path: Path) -> None:
         saved = isthmus.load(run.dir)
         batch = saved.inputs.transform()({"image": torch.rand(1, 3, 20, 30)}, torch.Generator())
         assert saved.model(batch["image"]).shape == (1, 10)
-
-
-def test_published_files_are_converted(tmp_path: Path) -> None:
-    """A classifier, and the backbone of a detector, which has norms of its levels and none in front of the head."""
-    cases: dict[str, dict[str, Any]] = {
-        "hornet_tiny_gf": {"num_classes": 3},
-        "hornet_tiny_7x7": {"num_classes": 0, "norm_features": True},
-    }
-    for name, arguments in cases.items():
-        with torch.device("meta"):
-            model: Any = timm.create_model(name, **arguments)
-        state = {key: torch.full(value.shape, i / 512) for i, (key, value) in enumerate(model.state_dict().items())}
-        content: dict[str, Any] = {"model": official(state)}
-        if "norm_features" in arguments:
-            state |= {"head.norm.weight": torch.ones(512), "head.norm.bias": torch.zeros(512)}
-            kept = {k: v for k, v in official(state).items() if not k.startswith("norm.")}
-            content = {"state_dict": {f"backbone.{k}": v for k, v in kept.items()} | {"neck.a": torch.ones(1)}}
-        torch.save(content, tmp_path / "file.pth")
-        out = hornet.convert(tmp_path / "file.pth", tmp_path / f"{name}.safetensors")
-        with safe_open(out, "pt") as file:
-            told = file.metadata()
-        assert (told["timm"], json.loads(told["arguments"])) == (name, arguments)
-        written = load_file(out)
-        assert written.keys() == state.keys()
-        assert all(torch.equal(value, written[key]) for key, value in state.items())
-    torch.save({"model": {"head.weight": torch.zeros(3, 9)}}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="fits none of hornet_tiny_7x7"):
-        hornet.convert(tmp_path / "other.pth", tmp_path / "x")
 
 
 def test_paper_setting_is_the_published_one() -> None:

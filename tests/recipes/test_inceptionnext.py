@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors import safe_open
 
 from isthmus.codec import UserError
 from isthmus.encoders.images.inceptionnext import InceptionDWConv2d
@@ -70,29 +68,3 @@ def test_paper_setting_is_the_published_network() -> None:
         assert sum(p.numel() for p in network.parameters()) == 28_055_680
         assert list(network.state_dict()) == list(timm.create_model("inception_next_tiny").state_dict())
     assert sum(isinstance(m, InceptionDWConv2d) for m in network.modules()) == 18
-
-
-def test_published_checkpoints_are_converted(tmp_path: Path) -> None:
-    network = timm.create_model("inception_next_atto", num_classes=3)
-    torch.save({f"module.{k}": v for k, v in network.state_dict().items()}, tmp_path / "atto.pth")
-    out = inceptionnext.convert(tmp_path / "atto.pth", tmp_path / "atto.safetensors")
-    with safe_open(out, "pt") as file:
-        assert file.metadata()["timm"] == "inception_next_atto"
-    ablation = timm.create_model("convnext_tiny_k3_par1_8", num_classes=3)
-    official = {}
-    for key, value in ablation.state_dict().items():
-        key = re.sub(r"^stem\.", "downsample_layers.0.", key)
-        key = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
-        key = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", key)
-        key = key.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv").replace("head.fc", "head")
-        official[key.replace("head.norm", "norm")] = value
-    torch.save({"model": official}, tmp_path / "k3.pth")
-    out = inceptionnext.convert(tmp_path / "k3.pth", tmp_path / "k3.safetensors")
-    with safe_open(out, "pt") as file:
-        told = file.metadata()
-    assert told["timm"] == "convnext_tiny_k3_par1_8"
-    again = timm.create_model(told["timm"], **json.loads(told["arguments"]), checkpoint_path=str(out))
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in ablation.state_dict().items())
-    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="fits none of inception_next_atto"):
-        inceptionnext.convert(tmp_path / "other.pth", tmp_path / "x")

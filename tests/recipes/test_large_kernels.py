@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import nn
 
 from isthmus.codec import UserError
@@ -158,52 +156,6 @@ def test_impossible_settings_are_named_before_training(change: dict[str, Any], m
     with pytest.raises(UserError, match=message), Run.quick(tmp_path, name="large-kernels", config=config) as run:
         large_kernels.run(config, run)
     assert not list((run.dir / "checkpoints").glob("*"))
-
-
-def test_published_checkpoint_is_converted(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "num_classes": 3}
-    torch.save({"model": timm.create_model("replknet_31b", **sizes).state_dict()}, tmp_path / "small.pth")
-    with pytest.raises(UserError, match="fits none of replknet_31b, replknet_31l, replknet_xl"):
-        large_kernels.convert(tmp_path / "small.pth", tmp_path / "out.safetensors")
-    torch.save(3, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="holds no network; a checkpoint of RepLKNet"):
-        large_kernels.convert(tmp_path / "other.pth", tmp_path / "out.safetensors")
-
-
-@pytest.mark.parametrize("form", ["trained", "merged", "beneath a detector"])
-def test_every_published_form_is_converted(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isthmus.encoders.images.replknet import LargeKernelBlock
-    from tests.encoders.test_large_kernel_nets import TINY, official_replknet
-    from tests.layers.test_reparam import trained
-
-    dense = form == "beneath a detector"
-    arguments: dict[str, Any] = {"num_classes": 0, "norm_features": True} if dense else {"num_classes": 3}
-    network: Any = trained(timm.create_model("replknet_31b", **TINY["replknet_31b"], **arguments))
-    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        levels = network.forward_intermediates(x, intermediates_only=True)
-    if form == "merged":
-        arguments["deploy"] = True
-        for block in [m for m in network.modules() if isinstance(m, LargeKernelBlock)]:
-            block.large.reparameterize()
-    state = official_replknet(network.state_dict())
-    content: dict[str, Any] = {"model": state}
-    if dense:
-        kept = {k: v for k, v in state.items() if not k.startswith("norm.")}
-        content = {"state_dict": {"rpn_head.x": torch.ones(1), **{f"backbone.{k}": v for k, v in kept.items()}}}
-    torch.save(content, tmp_path / "published.pth")
-    # The published sizes are too large for a test: the same way, with the small one under their name.
-    monkeypatch.setattr(
-        "isthmus.codec.create_timm", lambda name, **k: timm.create_model(name, **TINY["replknet_31b"], **k)
-    )
-    out = large_kernels.convert(tmp_path / "published.pth", tmp_path / "out.safetensors")
-    with safe_open(out, "pt") as file:
-        told = file.metadata()
-    assert (told["timm"], json.loads(told["arguments"])) == ("replknet_31b", arguments)
-    again: Any = timm.create_model("replknet_31b", **TINY["replknet_31b"], **arguments, checkpoint_path=str(out)).eval()
-    with torch.no_grad():
-        for a, b in zip(again.forward_intermediates(x, intermediates_only=True), levels, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=0)
 
 
 def test_published_settings() -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import isthmus
 from isthmus.codec import Loss, UserError
+from isthmus.codec.published import convert
 from isthmus.data import load
 from isthmus.encoders.signals.meg_conv import MEGConv
 from isthmus.engine import Run, Training
@@ -227,11 +228,11 @@ def test_windows_meet_at_the_onset_and_peaks_are_found() -> None:
 def test_published_trunks_are_converted_and_the_paper_model_has_its_size(tmp_path: Path) -> None:
     state = {"merger.heads": torch.randn(4, 8), "final.2.weight": torch.randn(6, 5, 1), "final.2.bias": torch.zeros(5)}
     torch.save({"model": state}, tmp_path / "trunk.th")
-    saved = load_file(meg_decoding.convert(tmp_path / "trunk.th", tmp_path / "trunk.safetensors"))
+    saved = load_file(convert(tmp_path / "trunk.th", tmp_path / "trunk.safetensors"))
     assert torch.equal(saved["project.2.weight"], state["final.2.weight"].transpose(0, 1))
-    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.th")
+    torch.save({**state, "other.weight": torch.zeros(1)}, tmp_path / "other.th")
     with pytest.raises(UserError, match="belongs to no published MEG trunk"):
-        meg_decoding.convert(tmp_path / "other.th", tmp_path / "x")
+        convert(tmp_path / "other.th", tmp_path / "x")
 
     made = Trials(
         torch.zeros(4, 272, 181), torch.arange(4), torch.arange(4), torch.zeros(4, 768), torch.rand(4, 272, 2),

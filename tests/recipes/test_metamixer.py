@@ -6,24 +6,18 @@ import json
 import math
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import nn
 
-from isthmus.codec import Codec, UserError
+from isthmus.codec import UserError
 from isthmus.data import load
-from isthmus.decoders.metamixer_sr import MetaMixerSR
 from isthmus.encoders.images.metamixer import MixerNet
 from isthmus.engine import Run, Training
-from isthmus.recipes import _metamixer_convert, metamixer
+from isthmus.recipes import metamixer
 from isthmus.recipes.metamixer import Config, mixer
-from tests.decoders.test_metamixer_sr import official_enlarger
-from tests.encoders.test_metamixer import official, tiny
 
 NAMES = ("ffnified", "attention", "pooling", "depthwise", "identity", "hybrid")
 
@@ -170,47 +164,3 @@ def test_paper_setting_is_the_published_network() -> None:
         assert sum(p.numel() for p in make(1000).parameters()) == 27_208_408
     assert config.training.ema == 0.9995
     assert (config.size, config.training.epochs, config.augmentation.mixup) == (256, 300, 0.2)
-
-
-def test_published_checkpoints_are_converted(tmp_path: Path) -> None:
-    """Sizes are told apart by their shapes."""
-    network = timm.create_model("metamixer_ffnet_1", num_classes=3)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in official(network).items()}}, tmp_path / "ffnet_1.pth.tar")
-    out = metamixer.convert(tmp_path / "ffnet_1.pth.tar", tmp_path / "1.safetensors")
-    with safe_open(out, "pt") as file:
-        assert file.metadata() == {"timm": "metamixer_ffnet_1", "arguments": '{"num_classes": 3}'}
-        assert set(file.keys()) == set(network.state_dict())
-        assert all(torch.equal(v, file.get_tensor(k)) for k, v in network.state_dict().items())
-    torch.save(official(tiny()), tmp_path / "other.pth")
-    torch.save({"decode_head.conv_seg.weight": torch.zeros(3, 4, 1, 1)}, tmp_path / "system.pth")
-    with (
-        mock.patch.object(_metamixer_convert, "create_timm", return_value=tiny("metamixer_ffnet_seg", num_classes=0)),
-        pytest.raises(UserError, match=r"system\.pth fits no published FFNetSeg: it has 0 tensors"),
-    ):
-        metamixer.convert(tmp_path / "system.pth", tmp_path / "x")
-    with pytest.raises(UserError, match="fits none of metamixer_ffnet_1"):
-        metamixer.convert(tmp_path / "other.pth", tmp_path / "x")
-
-
-@pytest.mark.parametrize("rest", ["roi_head.x", "decode_head.psp_modules.0.1.conv.weight"])
-def test_backbones_of_detectors_and_other_segmenters_are_converted(rest: str, tmp_path: Path) -> None:
-    network = timm.create_model("metamixer_ffnet_1", num_classes=0, norm_features=True)
-    dense = {f"backbone.{key}": value for key, value in official(network).items()}
-    torch.save({"state_dict": {rest: torch.ones(1), **dense}}, tmp_path / "dense.pth")
-    out = metamixer.convert(tmp_path / "dense.pth", tmp_path / "dense.safetensors")
-    with safe_open(out, "pt") as file:
-        assert json.loads(file.metadata()["arguments"]) == {"num_classes": 0, "norm_features": True}
-        assert set(file.keys()) == set(network.state_dict())
-        assert all(torch.equal(v, file.get_tensor(k)) for k, v in network.state_dict().items())
-
-
-@pytest.mark.parametrize("norm", [None, "layer", "batch"])
-def test_published_enlargers_become_a_codec(norm: str | None, tmp_path: Path) -> None:
-    model = MetaMixerSR(3, 8, 2, 2, norm)
-    torch.save({"params_ema": official_enlarger(model)}, tmp_path / "sr.pth")
-    out = metamixer.convert(tmp_path / "sr.pth", tmp_path / "sr.safetensors")
-    assert out == tmp_path / "sr"
-    codec = Codec.from_pretrained(out).eval()
-    x = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(codec(x).prediction, model.eval()([x]))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from isthmus.codec import UserError
+from isthmus.codec.published import convert
 from isthmus.data import Memory
 from isthmus.decoders.probes import NonLinearProbe
 from isthmus.encoders.images.alexnet import AlexNet
@@ -266,7 +267,7 @@ def test_converts_a_published_network(tmp_path: Path) -> None:
     path = tmp_path / "model_net_epoch200"
     content = {"epoch": 200, "network": _official_nin(network)}
     torch.save(content, path, _use_new_zipfile_serialization=False)  # as old PyTorch did
-    out = rotnet.convert(path, tmp_path / "nin.safetensors")
+    out = convert(path, tmp_path / "nin.safetensors", "rotnet")
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
     arguments = json.loads(metadata["arguments"])
@@ -288,7 +289,7 @@ def test_converts_alexnet_and_heads(tmp_path: Path) -> None:
         else:
             official[f"_feature_blocks.9.0.{words[2]}"] = tensor
     torch.save({"epoch": 50, "network": official}, tmp_path / "alexnet")
-    saved = load_file(rotnet.convert(tmp_path / "alexnet", tmp_path / "alexnet.safetensors"))
+    saved = load_file(convert(tmp_path / "alexnet", tmp_path / "alexnet.safetensors", "rotnet"))
     assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items())
 
     head = NonLinearProbe(12, 3)
@@ -304,25 +305,25 @@ def test_converts_alexnet_and_heads(tmp_path: Path) -> None:
         prefix, field = name.rsplit(".", 1)
         official[f"classifier.{names[prefix]}.{field}"] = tensor
     torch.save({"epoch": 1, "network": official}, tmp_path / "head")
-    saved = load_file(rotnet.convert(tmp_path / "head", tmp_path / "head.safetensors"))
+    saved = load_file(convert(tmp_path / "head", tmp_path / "head.safetensors", "rotnet"))
     assert all(torch.equal(saved[name], tensor) for name, tensor in head.state_dict().items())
 
 
 def test_refuses_what_is_no_checkpoint_of_rotnet(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(UserError, match="is no checkpoint"):
-        rotnet.convert(tmp_path / "text", tmp_path / "out")
+        convert(tmp_path / "text", tmp_path / "out", "rotnet")
     torch.save({"network": 3}, tmp_path / "number")
     with pytest.raises(UserError, match="holds no network"):
-        rotnet.convert(tmp_path / "number", tmp_path / "out")
+        convert(tmp_path / "number", tmp_path / "out", "rotnet")
     torch.save({"network": {"fc.weight": torch.zeros(2)}}, tmp_path / "other")
-    with pytest.raises(UserError, match="no checkpoint of RotNet"):
-        rotnet.convert(tmp_path / "other", tmp_path / "out")
+    with pytest.raises(UserError, match=r"no (published )?checkpoint of rotnet"):
+        convert(tmp_path / "other", tmp_path / "out", "rotnet")
     official = _official_nin(NetworkInNetwork(depths=(3, 1, 1), widths=(8, 6, 4)))
     del official["_feature_blocks.1.Block2_ConvB1.layers.Conv.weight"]
     torch.save({"network": official}, tmp_path / "cut")
-    with pytest.raises(UserError, match="no checkpoint of RotNet"):
-        rotnet.convert(tmp_path / "cut", tmp_path / "out")
+    with pytest.raises(UserError, match=r"no (published )?checkpoint of rotnet"):
+        convert(tmp_path / "cut", tmp_path / "out", "rotnet")
     assert not (tmp_path / "out").exists()
 
 

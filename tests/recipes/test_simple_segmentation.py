@@ -13,14 +13,16 @@ import torch
 from PIL import Image
 
 from isthmus.codec import Codec, UserError
+from isthmus.codec.published import convert
 from isthmus.data import load
+from isthmus.decoders.ffnet_head import released
 from isthmus.engine import Run, Training
 from isthmus.objectives.segmentation import Segmentation
 from isthmus.recipes import simple_segmentation
 from isthmus.recipes._simple_segmentation_cues import FAR, cue_scenes
 from isthmus.recipes._simple_segmentation_fields import fields
 from isthmus.recipes._simple_segmentation_measures import palette
-from isthmus.recipes.simple_segmentation import Config, _class_names, convert, released
+from isthmus.recipes.simple_segmentation import Config, _class_names
 
 BRIEF = Training(steps=3, batch_size=4, lr=1e-3)
 SMALL: dict[str, Any] = {
@@ -191,11 +193,11 @@ def test_published_checkpoints_become_codecs(tmp_path: Path) -> None:
             official[f"head.layers.1.fam_{level}{tail}.layers.{'.'.join(parts[3:])}"] = tensor
     torch.save(official, tmp_path / "ffnet46NS_CCC_cityscapes_state_dict_quarts.pth")
     path = tmp_path / "ffnet46NS_CCC_cityscapes_state_dict_quarts.pth"
-    made = convert(path, tmp_path / "out.safetensors", "ffnet46NS_CCC_mobile")
+    made = convert(path, tmp_path / "out.safetensors", name="ffnet46NS_CCC_mobile")
     images = torch.rand(1, 3, 64, 96)
     assert torch.equal(Codec.from_pretrained(made)(images).prediction, codec(images).prediction)
     with pytest.raises(UserError, match="does not fit ffnet46NS_CBB_mobile"):
-        convert(path, tmp_path / "other", "ffnet46NS_CBB_mobile")
+        convert(path, tmp_path / "other", name="ffnet46NS_CBB_mobile")
 
 
 def test_colours_of_classes_differ() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from isthmus.codec import UserError
+from isthmus.codec.published import convert
 from isthmus.decoders.spark_unet import SparKUNet
 from isthmus.encoders.backbone import Backbone
 from isthmus.engine.run import Run
@@ -241,21 +242,21 @@ def _published(tmp_path: Path) -> tuple[SparK, dict]:
 
 def test_published_files_are_converted_both_ways(tmp_path: Path) -> None:
     objective, trunk = _published(tmp_path)
-    spark.convert(tmp_path / "full.pth", tmp_path / "spark.safetensors", encoder="test_resnet")
+    convert(tmp_path / "full.pth", tmp_path / "spark.safetensors", "spark", encoder="test_resnet")
     again, size = spark.load_pretrained(tmp_path)
     assert (size, again.ratio) == (96, 0.75)
     image, visible = torch.rand(1, 3, 96, 96), torch.eye(3, dtype=torch.bool)[None]
     with torch.no_grad():
         assert torch.equal(again.predict(image, visible), objective.predict(image, visible))
 
-    spark.convert(tmp_path / "spark.safetensors", tmp_path / "back.pth")
+    convert(tmp_path / "spark.safetensors", tmp_path / "back.pth", "spark")
     first, back = (torch.load(tmp_path / name, weights_only=True)["module"] for name in ("full.pth", "back.pth"))
     assert back.pop("config")["mask_ratio"] == 0.75
     assert back["norm_black"].shape == (1, 3, 96, 96)
     first.pop("config")
     assert all(torch.equal(first[name], back[name]) for name in first if name != "imn_m")
 
-    spark.convert(tmp_path / "backbone.pth", tmp_path / "encoder.safetensors", encoder="test_resnet")
+    convert(tmp_path / "backbone.pth", tmp_path / "encoder.safetensors", "spark", encoder="test_resnet")
     path = str(tmp_path / "encoder.safetensors")
     loaded = timm.create_model("test_resnet", checkpoint_path=path, num_classes=0).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in trunk.items())
@@ -282,7 +283,7 @@ def test_damaged_and_foreign_files_are_refused_and_nothing_is_written(tmp_path: 
         "absent.pth": "there is no checkpoint",
     }.items():
         with pytest.raises(UserError, match=sentence):
-            spark.convert(tmp_path / name, out)
+            convert(tmp_path / name, out, "spark")
     with pytest.raises(UserError, match="does not fit ResNet"):
-        spark.convert(tmp_path / "backbone.pth", out, encoder="resnet10t")
+        convert(tmp_path / "backbone.pth", out, "spark", encoder="resnet10t")
     assert not out.exists()

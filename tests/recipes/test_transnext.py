@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from safetensors import safe_open
 from torchvision.transforms.v2.functional import to_pil_image
 
 import isthmus.encoders  # noqa: F401 - registers the sizes with timm
-from isthmus.codec import UserError, load_weights
+from isthmus.codec import UserError
 from isthmus.data import load
 from isthmus.encoders.images.aggregated_attention import AggregatedAttention, CosineAttention
 from isthmus.engine import Run, Training
 from isthmus.recipes import _image_classification as shared
 from isthmus.recipes import transnext
 from isthmus.recipes.transnext import Config, PooledAttention, WindowAttention
-from tests.encoders.test_transnext import official, tiny
 
 FEW = Training(steps=2, batch_size=16, lr=2e-3)
 
@@ -86,20 +83,6 @@ def test_halves_see_what_their_names_say(kind: type[AggregatedAttention]) -> Non
     seen = transnext.heard(layer, torch.randn(2, 16, 16, 24), grid) > 0
     assert int(seen.sum()) == (9 if kind is WindowAttention else 256)
     assert seen[7:10, 7:10].all()
-
-
-def test_convert_reads_published_checkpoints(tmp_path: Path) -> None:
-    state = timm.create_model("transnext_micro", num_classes=3).state_dict()
-    torch.save({"model": official(state)}, tmp_path / "published.pth")
-    out = transnext.convert(tmp_path / "published.pth", tmp_path / "ours.safetensors")
-    with safe_open(out, "pt") as file:
-        named = file.metadata()
-    network = timm.create_model(named["timm"], **json.loads(named["arguments"]))
-    load_weights(network, out)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
-    torch.save(official(tiny().state_dict()), tmp_path / "other.pth")
-    with pytest.raises(UserError, match="fits none of transnext_micro"):
-        transnext.convert(tmp_path / "other.pth", out)
 
 
 def test_published_setting_takes_a_step(tmp_path: Path) -> None:

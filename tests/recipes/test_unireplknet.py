@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from scipy.io import wavfile
 
 from isthmus.codec import UserError
@@ -216,59 +212,6 @@ def test_any_convnet_of_timm_learns_them(tmp_path: Path) -> None:
     metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
     assert metrics["merge_gap"]["value"] == 0
     assert "accuracy_audio_small" not in metrics
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_published_checkpoint_is_converted(merged: bool, tmp_path: Path) -> None:
-    from tests.encoders.test_large_kernel_nets import official_unireplknet
-
-    torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="never updated") if merged else contextlib.nullcontext():
-        network: Any = timm.create_model("unireplknet_a", num_classes=3).eval()
-        if merged:
-            network.reparameterize()
-    published = official_unireplknet(network.state_dict(), dict.fromkeys(range(1, 4), 13))
-    torch.save({"model": published}, tmp_path / "published.pth")
-    out = unireplknet.convert(tmp_path / "published.pth", tmp_path / "out.safetensors")
-    with safe_open(out, "pt") as file:
-        told = file.metadata()
-    assert told["timm"] == "unireplknet_a"
-    again = timm.create_model(told["timm"], **json.loads(told["arguments"]), checkpoint_path=str(out)).eval()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(again(x), network(x))
-
-
-def test_backbone_of_a_detector_is_converted(tmp_path: Path) -> None:
-    """It has norms of its levels and none in front of a head."""
-    from tests.encoders.test_large_kernel_nets import official_unireplknet
-
-    network: Any = timm.create_model("unireplknet_a", num_classes=0, norm_features=True)
-    state = {key: value for key, value in network.state_dict().items() if not key.startswith("head.")}
-    dense = {
-        re.sub(r"^norms\.", "norm", key): value
-        for key, value in official_unireplknet(state, dict.fromkeys(range(1, 4), 13)).items()
-    }
-    content = {"meta": {"epoch": 36}, "state_dict": {f"backbone.{key}": value for key, value in dense.items()}}
-    torch.save({**content, "state_dict": content["state_dict"] | {"neck.x": torch.ones(1)}}, tmp_path / "coco.pth")
-    out = unireplknet.convert(tmp_path / "coco.pth", tmp_path / "out.safetensors")
-    with safe_open(out, "pt") as file:
-        told = file.metadata()
-        assert all(torch.equal(value, file.get_tensor(key)) for key, value in state.items())
-    assert (told["timm"], json.loads(told["arguments"])) == (
-        "unireplknet_a",
-        {"num_classes": 0, "norm_features": True},
-    )
-
-
-def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
-    for state, message in (
-        ({"head.weight": torch.zeros(3, 9)}, "no stem of a known width"),
-        ({"downsample_layers.0.0.weight": torch.zeros(20, 3, 3, 3)}, "fits none of unireplknet_a"),
-    ):
-        torch.save({"model": state}, tmp_path / "other.pth")
-        with pytest.raises(UserError, match=message):
-            unireplknet.convert(tmp_path / "other.pth", tmp_path / "x")
 
 
 def test_published_settings_build_the_published_network() -> None:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from isthmus.bottlenecks.splitters import Chunk, LearnedProjection, RandomProjection
 from isthmus.codec import Code, part
+from isthmus.codec.checkpoints import Checkpoint
+from isthmus.codec.published import Published
 from isthmus.layers.codebook import EMACodebook, check_finite, nearest, several_processes
 
 Start = Literal["normal", "queries", "kmeans"]
@@ -418,3 +420,16 @@ def _splitter(flat: Mapping[str, Tensor], books: int, dim: int) -> nn.Module:
         made.proj.weight.data.copy_(learned)
         return made
     return Chunk(books * dim, books)
+
+
+def _read(found: Checkpoint, topk: int = 1) -> KeyValueBottleneck:
+    """The bottleneck.
+
+    Args:
+        found: the authors' ``{"bottleneck", "splitter"}``, or a state of discrete-key-value-bottleneck-pytorch.
+        topk: pairs that a query fetches, which the file does not tell.
+    """
+    return from_official(found.state, topk=topk)
+
+
+PUBLISHED = Published(of="dkvb", marks=r"^(bottleneck\.)?keys$|^vq\._codebook\.embed$", make=_read)

@@ -168,11 +168,13 @@ def build_parser() -> _Parser:
         "convert",
         "parser:_name_first",
         "turn a published checkpoint into safetensors",
+        "  isthmus convert hornet_tiny_gf.pth\n"
         "  isthmus convert resnet50_1kpretrained_timm_style.pth --system spark\n"
         "  isthmus convert FILE --system spark --help         # what else this system takes",
     )
     convert.add_argument("official", metavar="OFFICIAL", type=Path, help="the published file")
-    convert.add_argument("--system", required=True, metavar="NAME", help="whose checkpoint it is")
+    convert.add_argument("--system", metavar="NAME", help="whose checkpoint it is (default: found by its tensors)")
+    convert.add_argument("--ema", action="store_true", help="take the moving average of the weights in the file")
     convert.add_argument("--out", type=Path, metavar="FILE", help="default: OFFICIAL with .safetensors")
 
     completion = command(

@@ -7,8 +7,9 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from isthmus import catalog, recipes
 
@@ -67,36 +68,68 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: Sequence[str]) -> int:
-    """Turn a published checkpoint into safetensors; what else a recipe's ``convert`` takes are flags."""
+    """Turn a published checkpoint into safetensors; what the file does not tell are flags of the system."""
     from isthmus.cli.parser import build_parser
-    from isthmus.cli.running import check_flags, through_tyro
+    from isthmus.codec import tables
 
     parser = build_parser()
-    if "--system" not in " ".join(arguments) and {"-h", "--help"} & set(arguments):
+    helped = {"-h", "--help"} & set(arguments)
+    if "--system" not in " ".join(arguments) and helped:
         parser.parse_args(["convert", "--help"])
     own = [argument for argument in arguments if argument not in ("-h", "--help")]
     parsed, rest = parser.parse_known_args(["convert", *own])
-    rest += [argument for argument in arguments if argument in ("-h", "--help")]
-    system = catalog.find(parsed.system)
-    recipe = recipes.load(system.name)
-    if not hasattr(recipe, "convert"):
-        raise ValueError(f"{system.name} has no published checkpoint to convert.")
+    system = catalog.find(parsed.system).name if parsed.system else ""
+    if system and system not in tables.PUBLISHED:
+        known = ", ".join(tables.PUBLISHED)
+        raise ValueError(f"{system} has no published checkpoint to convert; those that have: {known}.")
+    if helped:
+        return _options_of(system)
     out = parsed.out or parsed.official.with_suffix(".safetensors")
-    if not parsed.official.exists():
-        raise FileNotFoundError(f"there is no file {parsed.official}.")
     if out.resolve() == parsed.official.resolve():
         raise ValueError(f"{out} would overwrite the checkpoint; give another --out.")
-    options = list(inspect.signature(recipe.convert).parameters)[2:]
-    prog = f"isthmus convert {parsed.official} --system {system.name}"
-    known = [f"--{name}" for name in options] + [f"--no-{name}" for name in options] + ["--help"]
-    check_flags(rest, known, prog)
 
+    from isthmus.codec import published
+    from isthmus.codec.checkpoints import read_checkpoint
+
+    found = read_checkpoint(parsed.official, parsed.ema)
+    each = published.find(found, system)
+    sys.stderr.write(f"{each.of}: {found.told}\n")
+    prog = f"isthmus convert {parsed.official} --system {each.of}"
+    made = _with_flags(functools.partial(each.read, found), each.make, rest, prog)
+    sys.stdout.write(f"{each.save(made, found, out)}\n")
+    return 0
+
+
+def _with_flags(read: Callable[..., Any], make: Callable[..., Any] | None, rest: Sequence[str], prog: str) -> Any:
+    """Call ``read`` with what of ``make``'s keywords is given as flags."""
     import tyro
 
-    call = functools.partial(recipe.convert, parsed.official, out)
-    made = through_tyro(lambda: tyro.cli(call, args=rest, prog=prog), rest)
-    sys.stdout.write(f"{made or out}\n")
-    return 0
+    from isthmus.cli.running import check_flags, through_tyro
+
+    options = list(inspect.signature(make).parameters)[1:] if make is not None else []
+    check_flags(rest, [*(f"--{name}" for name in options), *(f"--no-{name}" for name in options), "--help"], prog)
+    if make is None or not options:
+        if rest:
+            raise ValueError(f"{prog} takes nothing else, got {' '.join(rest)}.")
+        return read()
+
+    def keep(_found: None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**dict(zip(options, args, strict=False)), **kwargs}
+
+    call = functools.partial(functools.wraps(make)(keep), None)
+    return read(**through_tyro(lambda: tyro.cli(call, args=list(rest), prog=prog), rest))
+
+
+def _options_of(system: str) -> int:
+    """Print what ``convert`` takes for a system."""
+    from isthmus.codec import published
+
+    makes = [each.make for each in published.published(system) if each.make is not None]
+    make = max(makes, key=lambda function: len(inspect.signature(function).parameters), default=None)
+    if make is None or len(inspect.signature(make).parameters) < 2:
+        sys.stdout.write(f"isthmus convert FILE --system {system} takes no other flags than --out and --ema.\n")
+        return 0
+    return _with_flags(lambda **_: 0, make, ["--help"], f"isthmus convert FILE --system {system}")
 
 
 def _files(inputs: Sequence[Path]) -> list[Path]:

@@ -71,6 +71,27 @@ ARCHITECTURES = {
     "isthmus.encoders.images.unireplknet": ("unireplknet_*",),
 }
 
+#: System → modules whose ``PUBLISHED`` reads its published checkpoints, the most particular kind first.
+PUBLISHED = {
+    "hornet": ("isthmus.encoders.images.hornet",),
+    "transnext": ("isthmus.encoders.images.transnext",),
+    "unireplknet": ("isthmus.encoders.images.unireplknet",),
+    "large-kernels": ("isthmus.encoders.images.replknet",),
+    "convit": ("isthmus.encoders.images.convit",),
+    "inceptionnext": ("isthmus.encoders.images.inceptionnext",),
+    "metamixer": (
+        "isthmus.decoders.metamixer_sr",
+        "isthmus.decoders.metamixer_head",
+        "isthmus.encoders.images.metamixer",
+    ),
+    "simple-segmentation": ("isthmus.decoders.ffnet_head", "isthmus.encoders.images.ffnet"),
+    "rotnet": ("isthmus.encoders.images.nin", "isthmus.encoders.images.alexnet", "isthmus.decoders.probes"),
+    "dkvb": ("isthmus.bottlenecks.key_value",),
+    "meg-decoding": ("isthmus.encoders.signals.meg_conv",),
+    "spark": ("isthmus.objectives.spark_files",),
+    "lrp-pruning": ("isthmus.encoders.images.resnet_cifar",),
+}
+
 
 def module_of(architecture: str) -> str | None:
     """The module of ours that a timm name belongs to, ``None`` for timm's own."""

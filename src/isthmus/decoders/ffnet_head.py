@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isthmus.codec import part
+from isthmus.codec import Codec, UserError, build, part, spec_of
+from isthmus.codec.checkpoints import Checkpoint, load_into
+from isthmus.codec.published import Published, with_encoder
 
 #: Widths of the adapters, and of what goes on from every level, finest first.
 BRANCHES = {
@@ -257,3 +260,51 @@ def convert_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             raise ValueError(f"{name!r} is no parameter of a published FFNet head.")
     return ours
+
+
+def released(name: str, classes: int | None = None) -> Codec:
+    """One of the published networks, such as ``ffnet86S_dBBB_mobile``, ``ffnet46NS_CCC_mobile_pre_down`` or, with its
+    pre-training head, ``classification_ffnet50_AAX``.
+
+    Args:
+        name: as in the published code.
+        classes: 19 (Cityscapes), or 1000 of the pre-training heads, without it.
+
+    Raises:
+        UserError: a name that does not follow the pattern, or a depth that was not published.
+    """
+    pattern = (
+        r"(?:(?:segmentation|classification)_)?ffnet(\d+)(NS|N|S)?_(d)?([ABC])([ABC])([ABCX])(_mobile)?(_pre_down)?"
+    )
+    match = re.fullmatch(pattern, name)
+    if match is None or (match[6] == "X") != name.startswith("classification"):
+        raise UserError(f"{name!r} is no published FFNet; names are like ffnet86S_dBBB_mobile or ffnet122N_CBB.")
+    depth, kind = int(match[1]), match[2] or ""
+    if (match[4] == "C") != (kind in ("N", "NS")) or (match[4] == "B") != (kind == "S"):
+        raise UserError(f"{name!r}: A bodies have no letter, B bodies an S, C bodies an N or NS.")
+    body = {
+        "target": f"timm:ffnet{depth}{kind.lower()}" + ("_d" if match[3] else ""),
+        "kwargs": {"num_classes": 0, **({"pre_down": True} if match[8] else {})},
+    }
+    encoder = build({"target": "isthmus:Backbone", "kwargs": {"model": body}})
+    channels = [level.channels for level in encoder.feature_info]
+    if match[6] == "X":
+        return Codec(encoder, decoder=FFNetClassifier(channels, classes or 1000, match[5], bool(match[7])))
+    return Codec(encoder, decoder=FFNetHead(channels, classes or 19, match[5], match[6], bool(match[7])))
+
+
+def _read(found: Checkpoint, name: str = "") -> Codec:
+    """Body and head.
+
+    Args:
+        found: a state dict of the release "models" of Qualcomm-AI-research/FFNet.
+        name: the network, such as ``ffnet86S_dBBB_mobile``.
+    """
+    if not name:
+        raise UserError(f"{found.path} does not tell which network it is; say it: --name ffnet86S_dBBB_mobile.")
+    whole: Any = released(name)
+    load_into(whole.decoder, found, name, convert_official)
+    return with_encoder(found, spec_of(whole.encoder), whole.decoder)
+
+
+PUBLISHED = Published(of="simple-segmentation", marks=r"^backbone_model\.|^head\.layers\.", make=_read)

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from isthmus.codec import part
+from isthmus.codec import Codec, build, part
+from isthmus.codec.checkpoints import Checkpoint, load_into
+from isthmus.codec.published import Published, with_encoder
 from isthmus.layers.metamixer import (
     ConvNorm,
     convert_blocks,
@@ -130,3 +132,18 @@ def convert_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
             key = re.sub(pattern, ours, key)
         renamed[key] = value
     return convert_blocks(renamed)
+
+
+def _read(found: Checkpoint) -> Codec:
+    """The segmentation system: backbone and head."""
+    encoder = {"target": "isthmus:Backbone", "kwargs": {"model": _BACKBONE, "reductions": [8, 16, 32]}}
+    channels = [level.channels for level in build(encoder).feature_info]
+    head = convert_official(found.state)
+    decoder = MetaMixerHead(channels, max(1, len(head.get("classifier.weight", ()))))
+    load_into(decoder, found, "MetaMixerHead", convert_official)
+    return with_encoder(found, encoder, decoder)
+
+
+_BACKBONE = {"target": "timm:metamixer_ffnet_seg", "kwargs": {"num_classes": 0}}
+
+PUBLISHED = Published(of="metamixer", marks=r"^decode_head\.head_blocks\.", make=_read)

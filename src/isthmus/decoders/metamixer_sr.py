@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from isthmus.codec import part
+from isthmus.codec import Codec, build, part
+from isthmus.codec.checkpoints import Checkpoint, load_into
+from isthmus.codec.published import Published
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.metamixer import MetaMixer, ffnet_block
 from isthmus.layers.reparam import check_mergeable, fuse_norm
@@ -131,3 +133,22 @@ def convert_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
             key = f"blocks.{block}.{mixer}_mixer.main.{order[int(place)]}.{name}"
         converted[re.sub(r"^proj\.", "stem.", re.sub(r"^conv_bef_up\.", "to_pixels.", key))] = value
     return converted
+
+
+def _read(found: Checkpoint) -> Codec:
+    """The enlarger, its sizes read off the shapes."""
+    official = found.state
+    dim, channels = official["proj.weight"].shape[:2]
+    blocks = [int(name.split(".")[1]) for name in official if name.startswith("body.")]
+    norm = "batch" if "body.0.token_mixer.1.running_mean" in official else None
+    if official.get("body.0.token_mixer.0.weight", official["proj.weight"]).ndim == 1:
+        norm = "layer"
+    state = convert_official(official)
+    hidden = state.get("blocks.0.channel_mixer.main.key.weight", official["proj.weight"])
+    scale = round((len(official["conv_bef_up.weight"]) / channels) ** 0.5)
+    model = MetaMixerSR(scale, dim, max(blocks, default=-1) + 1, len(hidden) / dim, norm, channels)
+    load_into(model, found, "MetaMixerSR", convert_official)
+    return Codec(build({"target": "isthmus:Pixels", "kwargs": {"channels": channels}}), decoder=model)
+
+
+PUBLISHED = Published(of="metamixer", marks=r"^conv_bef_up\.weight$", make=_read)

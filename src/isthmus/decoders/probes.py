@@ -17,6 +17,8 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from isthmus.codec import part
+from isthmus.codec.checkpoints import Checkpoint
+from isthmus.codec.published import Published
 from isthmus.layers.pool import as_tokens
 
 
@@ -284,3 +286,10 @@ def probe_of(state: Mapping[str, Tensor]) -> nn.Module:
         probe = NonLinearProbe(values, classes, hidden)
     probe.load_state_dict(dict(state))
     return probe
+
+
+def _read(found: Checkpoint) -> nn.Module:
+    return probe_of(from_official(found.state))
+
+
+PUBLISHED = Published(of="rotnet", marks=r"^classifier\.[A-Z]", make=_read)

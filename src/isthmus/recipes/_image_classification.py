@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from isthmus.codec import UserError, checkpoints, load_weights, save_weights
+from isthmus.codec import UserError, load_weights, save_weights
 from isthmus.data import Dataset, Repeated, evaluation_batches, example_batch
 from isthmus.data.dataset import Unreadable
 from isthmus.data.inputs import usual_crop as usual_crop
@@ -234,40 +234,6 @@ def classify(
         raise UserError(f"none of the inputs is an image ({told}); known are {', '.join(IMAGE_SUFFIXES)}.")
     written[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return written
-
-
-def read_checkpoint(path: Path, of: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; see :func:`isthmus.codec.checkpoints.read_checkpoint`."""
-    return checkpoints.read_checkpoint(path).state
-
-
-def convert_for_timm(
-    state: Mapping[str, Tensor], path: Path, out: Path, names: Mapping[str, Mapping[str, Any]]
-) -> Path:
-    """Write a checkpoint as safetensors for the first timm model of ``names`` that it fits.
-
-    Args:
-        state: under the names of timm.
-        path: where it came from, for messages.
-        out: the safetensors file; its metadata names the timm model and its arguments.
-        names: timm name → arguments; the number of classes is read from the checkpoint.
-
-    Raises:
-        UserError: it fits none of them.
-    """
-    from isthmus.codec import create_timm
-
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    for name, arguments in names.items():
-        with torch.device("meta"):
-            like = create_timm(name, **arguments)
-            wanted = {key: tuple(tensor.shape) for key, tensor in like.state_dict().items()}
-        if shapes == wanted:
-            network = create_timm(name, **arguments)
-            network.load_state_dict(dict(state))
-            save_weights(network, out, {"timm": name, "arguments": json.dumps(dict(arguments))})
-            return out
-    raise UserError(f"{path} fits none of {', '.join(names)}: it has {len(shapes)} tensors of other names or sizes.")
 
 
 def annotated(image: Tensor, caption: str) -> Figure:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,39 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from isthmus.codec import UserError, build, create_timm, load_weights, save_weights, spec_of, write_atomically
-from isthmus.codec.timm_models import headless
+from isthmus.codec import UserError, write_atomically
 from isthmus.data.readers.decoding import Unreadable, decode_image
-from isthmus.decoders.spark_unet import SparKUNet
-from isthmus.encoders.backbone import Backbone
 from isthmus.layers.random import derive_seed
-from isthmus.objectives import spark_files
-from isthmus.objectives.spark import SparK
+from isthmus.objectives.spark_files import load_pretrained
 from isthmus.recipes._spark_measures import greyed, reconstruct
-
-
-def write(weights: Path, objective: SparK, size: int) -> None:
-    """Weights, and a JSON beside them from which ``load_pretrained`` rebuilds the modules."""
-    save_weights(objective, weights)
-    description = {"format": "isthmus-spark", "version": 1, "size": size, "objective": spec_of(objective)}
-    write_atomically(weights.with_suffix(".json"), json.dumps(description, indent=1).encode())
-
-
-def load_pretrained(folder: Path) -> tuple[SparK, int]:
-    """The objective that a run (or ``convert``) left, and the image size it was trained at.
-
-    Raises:
-        UserError: the folder holds no SparK run, or a file of it is damaged.
-    """
-    try:
-        description = json.loads((folder / "spark.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no readable spark.json; give the folder of a finished spark run.") from error
-    if description.get("format") != "isthmus-spark":
-        raise UserError(f"{folder / 'spark.json'} is not of a spark run.")
-    objective = build(description["objective"])
-    load_weights(objective, folder / "spark.safetensors")
-    return objective.eval(), int(description["size"])
 
 
 def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
@@ -97,42 +68,3 @@ def _png(panels: Sequence[Tensor]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
-
-
-# ------------------------------------------------------------------------------------------- published checkpoints
-
-
-def convert(path: Path, out: Path, encoder: str = "") -> Path:
-    """A published checkpoint to safetensors, or ours back to the published form.
-
-    ``*_1kpretrained_timm_style.pth`` and ``*_official_style.pth`` become a file that
-    timm loads under any number of classes. ``*_withdecoder_*_spark_style.pth``
-    becomes the weights of :class:`isthmus.objectives.spark.SparK`, with a JSON of its making beside it. A
-    ``.safetensors`` file of ours becomes the published form; give ``--out FILE.pth``.
-
-    Args:
-        path: the checkpoint.
-        out: the file to write.
-        encoder: its timm name, where the shapes do not tell (they do for the published ones).
-    """
-    if path.suffix == ".safetensors":
-        return spark_files.write_published(path, out)
-    state, made = spark_files.read_published(path)
-    backbone = spark_files.backbone_of(state)
-    model = create_timm(encoder or spark_files.guess_encoder(backbone, path))
-    spark_files.load_backbone(model, backbone, path)
-    if backbone is state:
-        save_weights(headless(model), out)
-        return out
-    scales = sum("mask_tokens" in name for name in state)
-    pyramid = Backbone(model, reductions=[32 >> k for k in reversed(range(scales))])
-    norm = "batch" if "decoder.densify.norms.0.running_mean" in state else "layer"
-    width = state["decoder.blocks.0.up_sample.weight"].shape[0]
-    objective = SparK(pyramid, SparKUNet(pyramid.feature_info, width, norm), float(made.get("mask_ratio", 0.6)))
-    decoder = {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
-    try:
-        objective.decoder.load_state_dict(decoder)
-    except RuntimeError as error:
-        raise UserError(f"{path} has another decoder than the published one: {str(error).splitlines()[-1]}") from error
-    write(out, objective, int(made.get("sparse_encoder.input_size", 224)))
-    return out

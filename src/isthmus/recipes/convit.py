@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from isthmus.data.transforms.augmentation import IMAGENET
 from isthmus.encoders.images.convit import GPSA, ConViT, locality, relative_offsets
 from isthmus.engine import Run, Training
 from isthmus.engine.comparison import Comparison, Trained
-from isthmus.recipes import _image_classification as shared
 from isthmus.report import figures
 from isthmus.tasks import classification
 from isthmus.tasks.classification import DEIT, ClassificationConfig, ClassificationTask
@@ -154,19 +152,6 @@ def run(config: Config, run: Run) -> None:
     _draw_locality(run, curves, network, task)
     task.show(network)
     task.keep(network, "the ConViT of the most images")
-
-
-def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of ConViT (tiny, small, base) as safetensors for timm.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    state = shared.read_checkpoint(path, "ConViT")
-    head = state.get("head.weight")
-    arguments = {"num_classes": 0 if head is None else len(head)}
-    names = ("convit_tiny", "convit_small", "convit_base", "convit_tiny_plus", "convit_small_plus", "convit_base_plus")
-    return shared.convert_for_timm(state, path, out, dict.fromkeys(names, arguments))
 
 
 # -------------------------------------------------------------------------------------------------------------- parts

@@ -121,7 +121,7 @@ def run(config: Config, run: Run) -> None:
     classes = shared.class_names(held_out)
     networks: dict[str, nn.Module] = {}
     if config.checkpoint:
-        networks["plain"] = trained(config.encoder, config.checkpoint)
+        networks["plain"] = trained(config.encoder, config.checkpoint, log=run.log)
         told = shared.answers(networks["plain"], config.encoder, config.size or config.crop)
         if told != len(classes):
             raise UserError(f"{config.checkpoint} tells {told} classes apart, {config.data} has {len(classes)}.")

@@ -30,20 +30,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from isthmus import saved
-from isthmus.bottlenecks.key_value import KeyValueBottleneck, from_official
+from isthmus.bottlenecks.key_value import KeyValueBottleneck
 from isthmus.bottlenecks.splitters import Chunk, RandomProjection
-from isthmus.codec import Codec, UserError, save_weights, spec_of
-from isthmus.codec.checkpoints import read_checkpoint
+from isthmus.codec import Codec, UserError
 from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.engine import Run, Training
 from isthmus.report import figures
@@ -206,26 +203,6 @@ def run(config: Config, run: Run) -> None:
     run.artifact("classifier", folder, "encoder, bottleneck and vote")
     if config.toy:
         _draw_heaps(run)
-
-
-def convert(path: Path, out: Path, topk: int = 1) -> Path:
-    """A published bottleneck as safetensors, whose metadata says how ``isthmus.codec.build`` makes the part.
-
-    Args:
-        path: the authors' ``{"bottleneck", "splitter"}``, or a state of discrete-key-value-bottleneck-pytorch.
-        out: the safetensors file.
-        topk: pairs that a query fetches, which the file does not tell.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    found = read_checkpoint(path)
-    try:
-        made = from_official(found.state, topk=topk)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no checkpoint of a key-value bottleneck: {error}") from error
-    save_weights(made, out, {"part": json.dumps(spec_of(made))})
-    return out
 
 
 # -------------------------------------------------------------------------------------------------------------- parts

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +30,12 @@ from isthmus.catalog import published
 from isthmus.codec import Loss, UserError, create_timm
 from isthmus.data import load
 from isthmus.encoders.backbone import made_for
-from isthmus.encoders.images.hornet import HorNet, convert_official
+from isthmus.encoders.images.hornet import HorNet
 from isthmus.engine import Run, Training
 from isthmus.engine.comparison import Comparison, Trained, check_arms, count_parameters
 from isthmus.engine.fit import fit
 from isthmus.layers.gnconv import GnConv
 from isthmus.layers.large_kernel import DepthwiseConv
-from isthmus.recipes import _image_classification as shared
 from isthmus.report import figures
 from isthmus.tasks import classification
 from isthmus.tasks.classification import DEIT, Augmentation, ClassificationConfig
@@ -136,28 +134,6 @@ def run(config: Config, run: Run) -> None:
     run.metric("parameters", count_parameters(arm.model), unit="parameters")
     task.show(arm.model)
     task.keep(arm.model, "the trained network; `isthmus apply` classifies pictures with it")
-
-
-def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of HorNet, classifier or backbone of a detector or segmenter, as safetensors for timm.
-
-    Args:
-        path: a PyTorch file of raoyongming/HorNet.
-        out: the safetensors file; its metadata names the timm model and its arguments.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    state = convert_official(shared.read_checkpoint(path, "HorNet"))
-    head = state.get("head.fc.weight")
-    arguments: dict[str, Any] = {"num_classes": 0 if head is None else len(head)}
-    if "norms.0.weight" in state:
-        arguments["norm_features"] = True
-        last = state["norms.3.weight"]  # dense checkpoints have no norm of the head
-        state = {"head.norm.weight": torch.ones_like(last), "head.norm.bias": torch.zeros_like(last), **state}
-    sizes = ["tiny_7x7", "tiny_gf", "small_7x7", "small_gf", "base_7x7", "base_gf", "large_7x7", "large_gf"]
-    names = [f"hornet_{size}" for size in (*sizes, "base_gf_img384", "large_gf_img384")]
-    return shared.convert_for_timm(state, path, out, dict.fromkeys(names, arguments))
 
 
 # -------------------------------------------------------------------------------------------------------- comparison

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +20,6 @@ from isthmus.encoders.images.inceptionnext import MIXERS, InceptionDWConv2d, mix
 from isthmus.engine import Run, Training
 from isthmus.engine.timing import median_seconds
 from isthmus.layers.large_kernel import DepthwiseConv
-from isthmus.recipes import _image_classification as shared
 from isthmus.tasks import classification
 from isthmus.tasks.classification import DEIT, ClassificationConfig
 
@@ -99,30 +97,6 @@ def run(config: Config, run: Run) -> None:
     arms.bars("accuracy", "Held-out accuracy of networks that differ in the mixer.", grey="identity", name="mixers")
     task.show(arms.first.model)
     task.keep(arms.first.model, f"the network with the mixer {config.mixers[0]}")
-
-
-def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of InceptionNeXt, or of the paper's ConvNeXt-T with other kernels, for timm.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    from timm.models.convnext import checkpoint_filter_fn
-
-    from isthmus.codec import create_timm
-
-    state = shared.read_checkpoint(path, "InceptionNeXt")
-    head = next((state[key] for key in ("head.fc2.weight", "head.weight", "head.fc.weight") if key in state), None)
-    arguments = {"num_classes": 0 if head is None else len(head)}
-    if "downsample_layers.0.0.weight" in state:
-        with torch.device("meta"):
-            like = create_timm("convnext_tiny", **arguments)
-        state = checkpoint_filter_fn(state, like)
-        names = ["convnext_tiny", "convnext_tiny_k5", "convnext_tiny_k3"]
-        names += [f"convnext_tiny_k3_par{share}" for share in ("1_2", "3_8", "1_4", "1_8", "1_16")]
-    else:
-        names = [f"inception_next_{size}" for size in ("atto", "tiny", "small", "base")]
-    return shared.convert_for_timm(state, path, out, dict.fromkeys(names, arguments))
 
 
 def _network(config: Config, mixer: str, num_classes: int) -> nn.Module:

@@ -229,29 +229,6 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     return [*written, out / "field.json", out / "field.png"]
 
 
-def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of RepLKNet (31B, 31L, XL; trained, merged, beneath a detector) as safetensors for timm.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    from isthmus.encoders.images.replknet import convert_official, fold_state, is_merged
-
-    ours = convert_official(shared.read_checkpoint(path, "RepLKNet"))
-    head = ours.get("head.fc.weight")
-    arguments: dict[str, Any] = {"num_classes": 0 if head is None else len(head)}
-    if is_merged(ours):
-        ours, arguments["deploy"] = fold_state(ours), True
-    if "norms.0.weight" in ours:
-        arguments["norm_features"] = True
-    last = ours.get("stages.3.blocks.0.pw2.conv.weight")
-    if head is None and last is not None:  # backbones for dense tasks have no norm of the head
-        ours = {**{f"norm.{key}": value for key, value in nn.BatchNorm2d(len(last)).state_dict().items()}, **ours}
-    return shared.convert_for_timm(
-        ours, path, out, dict.fromkeys(("replknet_31b", "replknet_31l", "replknet_xl"), arguments)
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------ networks
 
 

@@ -287,7 +287,7 @@ def _network(
     name = config.model.removeprefix("timm:") or "cifar_resnet20"
     own = train.image_size or tuple(train[0]["image"].shape[-2:])
     if config.checkpoint:
-        network: Any = trained(name, config.checkpoint)
+        network: Any = trained(name, config.checkpoint, log=run.log)
     else:
         run.seed_everything("network")
         try:

@@ -16,22 +16,19 @@ samples is decoded as it comes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from isthmus.catalog import published
-from isthmus.codec import Codec, UserError, write_atomically
+from isthmus.codec import Codec, UserError
 from isthmus.data.builtin.brain.cortex import NETWORKS, mean_latency
 from isthmus.decoders.latent_heads import LatentHeads
-from isthmus.encoders.signals.meg_conv import MEGConv, from_official
+from isthmus.encoders.signals.meg_conv import MEGConv
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.layers.robust_scale import RobustScale
 from isthmus.objectives.latent_matching import LatentMatching
-from isthmus.recipes._image_classification import read_checkpoint
 from isthmus.report import figures
 from isthmus.tasks.brain import course as courses
 from isthmus.tasks.brain import generation as generating
@@ -176,21 +173,6 @@ def run(config: Config, run: Run) -> None:
     sensors = using.attention_map(codec.encoder, train.positions[0])
     run.figure("sensors", sensors, "Sensors by their share of attention.")
     using.keep(run, codec, scale, train, test, generation, course)
-
-
-def convert(path: Path, out: Path) -> Path:
-    """A published trunk (speech decoding, the same network) as safetensors under our names.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    state = read_checkpoint(path, "the MEG trunk")
-    try:
-        renamed = from_official(state)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    write_atomically(out, save(renamed))
-    return out
 
 
 _GEOMETRY = {

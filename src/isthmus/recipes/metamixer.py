@@ -34,7 +34,6 @@ from isthmus.encoders.images.metamixer import MixerNet
 from isthmus.engine import Run, Training, read_config
 from isthmus.layers.metamixer import ConvNorm, ffnified_attention, reparam_depthwise, self_attention
 from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._metamixer_convert import convert_checkpoint
 from isthmus.recipes._metamixer_forecast import forecast, train_forecaster
 from isthmus.report import figures
 
@@ -188,15 +187,6 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     config = Config(**tuples, **single)
     make = next(iter(_makers(config).values()))
     return told + shared.classify(run_dir, pictures, out, make, _transforms(config, 1)[1])
-
-
-def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of FFNet: classification and backbones for timm, segmentation and enlarging as a Codec.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    return convert_checkpoint(path, out)
 
 
 # ------------------------------------------------------------------------------------------------------------- mixers

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from isthmus.catalog import published
-from isthmus.codec import UserError, create_timm, load_weights, save_weights, spec_of
-from isthmus.codec.checkpoints import read_checkpoint
+from isthmus.codec import UserError, create_timm, load_weights, save_weights
 from isthmus.data import Dataset, evaluation_batches, example_batch, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.hashing import below, words
@@ -39,9 +38,7 @@ from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.readers.local import local
 from isthmus.data.splits import spaced
 from isthmus.data.transforms import CenterCrop, Compose, Flip, Normalize, RandomCrop, Resize, Transform
-from isthmus.decoders import probes as heads
 from isthmus.decoders.probes import AlexNetProbe, ConvProbe, NonLinearProbe, PooledProbe
-from isthmus.encoders.images import alexnet, nin
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.engine.probing import Level, accuracy, first_per_class, probe
@@ -248,37 +245,6 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
         raise UserError(f"none of the inputs is an image ({told}); known are {', '.join(IMAGE_SUFFIXES)}.")
     written[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return written
-
-
-def convert(path: Path, out: Path, pool_conv3: bool = False) -> Path:
-    """A published RotNet checkpoint, ``{"epoch", "network"}``, to safetensors under our names.
-
-    Args:
-        path: a network (Network in Network or AlexNet) or a classifier head, as its training wrote it.
-        out: the safetensors file; its metadata names the timm model and its arguments.
-        pool_conv3: the Network in Network was trained with a pool after block 3, which leaves no trace in the file.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    state = read_checkpoint(path).state
-    try:
-        if any(name.startswith("classifier.") for name in state):
-            head = heads.probe_of(heads.from_official(state))
-            save_weights(head, out, {"part": json.dumps(spec_of(head))})
-            return out
-        if any("_ConvB" in name for name in state):
-            ours = nin.from_official(state)
-            name, arguments = "nin_cifar", {**nin.architecture_of(ours), "pool_conv3": pool_conv3}
-        else:
-            ours = alexnet.from_official(state)
-            name, arguments = "rotnet_alexnet", alexnet.architecture_of(ours)
-        network = create_timm(name, **arguments)
-        network.load_state_dict(ours)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is no checkpoint of RotNet: {' '.join(str(error).split())[:200]}") from error
-    save_weights(network, out, {"timm": name, "arguments": json.dumps(arguments)})
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- parts

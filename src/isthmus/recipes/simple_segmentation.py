@@ -17,7 +17,6 @@ the 60 pixels that are asked for, and within 400 steps only the wide one learns 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from isthmus.codec import Codec, UserError, create_timm, write_atomically
-from isthmus.codec.checkpoints import read_checkpoint
 from isthmus.data import Dataset, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import Compose, Flip, RandomResizedCrop
-from isthmus.decoders import ffnet_head
-from isthmus.decoders.ffnet_head import FFNetClassifier, FFNetHead
+from isthmus.decoders.ffnet_head import FFNetHead
 from isthmus.encoders.backbone import Backbone, made_for
-from isthmus.encoders.images import ffnet
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
 from isthmus.objectives.segmentation import Segmentation
@@ -118,39 +114,6 @@ class Config:
             field=False,
             cues=False,
         )
-
-
-def released(name: str, classes: int | None = None) -> Codec:
-    """One of the published networks, such as ``ffnet86S_dBBB_mobile``, ``ffnet46NS_CCC_mobile_pre_down`` or, with its
-    pre-training head, ``classification_ffnet50_AAX``.
-
-    Args:
-        name: as in the published code.
-        classes: 19 (Cityscapes), or 1000 of the pre-training heads, without it.
-
-    Raises:
-        UserError: a name that does not follow the pattern, or a depth that was not published.
-    """
-    pattern = (
-        r"(?:(?:segmentation|classification)_)?ffnet(\d+)(NS|N|S)?_(d)?([ABC])([ABC])([ABCX])(_mobile)?(_pre_down)?"
-    )
-    match = re.fullmatch(pattern, name)
-    if match is None or (match[6] == "X") != name.startswith("classification"):
-        raise UserError(f"{name!r} is no published FFNet; names are like ffnet86S_dBBB_mobile or ffnet122N_CBB.")
-    depth, kind = int(match[1]), match[2] or ""
-    if (match[4] == "C") != (kind in ("N", "NS")) or (match[4] == "B") != (kind == "S"):
-        raise UserError(f"{name!r}: A bodies have no letter, B bodies an S, C bodies an N or NS.")
-    try:
-        ffnet.arguments_of(depth, kind)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    timm_name = f"ffnet{depth}{kind.lower()}" + ("_d" if match[3] else "")
-    body = create_timm(timm_name, num_classes=0, **({"pre_down": True} if match[8] else {}))
-    encoder = Backbone(body)
-    channels = [level.channels for level in encoder.feature_info]
-    if match[6] == "X":
-        return Codec(encoder, decoder=FFNetClassifier(channels, classes or 1000, match[5], bool(match[7])))
-    return Codec(encoder, decoder=FFNetHead(channels, classes or 19, match[5], match[6], bool(match[7])))
 
 
 def run(config: Config, run: Run) -> None:
@@ -242,29 +205,6 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     document = {"classes": names, "palette": palette(len(names)), "pictures": found}
     write_atomically(out / "masks.json", (json.dumps(document, indent=1) + "\n").encode())
     return [out / "masks.json", *made]
-
-
-def convert(path: Path, out: Path, name: str) -> Path:
-    """A published checkpoint as a folder for ``Codec.from_pretrained``.
-
-    Args:
-        path: a state dict of the release "models" of Qualcomm-AI-research/FFNet.
-        out: the folder (a ``.safetensors`` ending is left off).
-        name: the network, such as ``ffnet86S_dBBB_mobile``.
-
-    Raises:
-        UserError: no such network, or the checkpoint does not fit it.
-    """
-    codec = released(name)
-    state = read_checkpoint(path).state
-    try:
-        encoder: Any = codec.encoder
-        body = ffnet.convert_official(state)
-        encoder.model.load_state_dict(body)
-        codec.decoder.load_state_dict(ffnet_head.convert_official(state))  # type: ignore[union-attr]
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit {name}: {str(error).splitlines()[-1].strip()}") from error
-    return codec.save_pretrained(out.with_suffix("") if out.suffix == ".safetensors" else out)
 
 
 # -------------------------------------------------------------------------------------------------------------- parts

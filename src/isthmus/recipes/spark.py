@@ -45,11 +45,10 @@ from isthmus.layers.sparse_conv import check_leaks
 from isthmus.objectives import spark_files
 from isthmus.objectives.classification import Classification
 from isthmus.objectives.spark import IMAGENET_MEAN, IMAGENET_STD, SparK, visible_cells
+from isthmus.objectives.spark_files import load_pretrained as load_pretrained
+from isthmus.objectives.spark_files import write
 from isthmus.recipes import _spark_measures as measures
 from isthmus.recipes._spark_use import apply as apply
-from isthmus.recipes._spark_use import convert as convert
-from isthmus.recipes._spark_use import load_pretrained as load_pretrained
-from isthmus.recipes._spark_use import write
 
 needs = ("image", "label?")
 

@@ -33,7 +33,7 @@ from isthmus.codec import UserError, create_timm
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.transforms import Transform
 from isthmus.encoders.images.aggregated_attention import AggregatedAttention, CosineAttention, Grid, unit
-from isthmus.encoders.images.transnext import TransNeXt, convert_official
+from isthmus.encoders.images.transnext import TransNeXt
 from isthmus.engine import Run, Training, read_config
 from isthmus.recipes import _image_classification as shared
 
@@ -215,23 +215,6 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     config = Config(**saved)
     make = functools.partial(_network, config)
     return shared.classify(run_dir, inputs, out, make, _transforms(config, config.size)[1])
-
-
-def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint, classifier or backbone of a detector, to safetensors for timm.
-
-    Args:
-        path: a PyTorch file of DaiShiResearch/TransNeXt.
-        out: the safetensors file; its metadata names the timm model and its arguments.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    state = convert_official(shared.read_checkpoint(path, "TransNeXt"))
-    head = state.get("head.fc.weight")
-    arguments: dict[str, Any] = {"num_classes": 0 if head is None else len(head)}
-    sizes = ("micro", "tiny", "small", "base", "micro_aaaa")
-    return shared.convert_for_timm(state, path, out, {f"transnext_{size}": arguments for size in sizes})
 
 
 def fix_scale(network: TransNeXt, size: int) -> None:

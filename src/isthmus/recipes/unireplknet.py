@@ -254,34 +254,6 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
     return written
 
 
-def convert(path: Path, out: Path) -> Path:
-    """A published checkpoint of UniRepLKNet (A to XL; trained, merged, beneath a detector) as safetensors for timm.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    from isthmus.encoders.images.unireplknet import convert_official
-
-    ours = convert_official(shared.read_checkpoint(path, "UniRepLKNet"))
-    head = ours.get("head.fc.weight")
-    arguments: dict[str, Any] = {"num_classes": 0 if head is None else len(head)}
-    if not any(name.endswith(".gamma") for name in ours):
-        arguments["deploy"] = True
-    if "norms.0.weight" in ours:
-        arguments["norm_features"] = True
-        last = ours["norms.3.weight"]  # backbones for dense tasks have no norm of the head
-        ours = {"head.norm.weight": torch.ones_like(last), "head.norm.bias": torch.zeros_like(last), **ours}
-    stem = ours.get("stem.0.weight")
-    names = [f"unireplknet_{size}" for size, width in _WIDTHS.items() if stem is not None and 2 * len(stem) == width]
-    if not names:
-        raise UserError(f"{path} is no checkpoint of UniRepLKNet: it has no stem of a known width.")
-    return shared.convert_for_timm(ours, path, out, dict.fromkeys(names, arguments))
-
-
-#: Size → channels of the first stage.
-_WIDTHS = {"a": 40, "f": 48, "p": 64, "n": 80, "t": 80, "s": 96, "b": 128, "l": 192, "xl": 256}
-
-
 # ---------------------------------------------------------------------------------------------------------------- data
 
 

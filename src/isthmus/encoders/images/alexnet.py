@@ -11,6 +11,9 @@ from timm.layers import ConvNormAct
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.codec import create_timm
+from isthmus.codec.checkpoints import Checkpoint, load_into
+from isthmus.codec.published import Published
 from isthmus.encoders.images.stages import NamedStages
 
 __all__ = ["AlexNet", "architecture_of", "from_official"]
@@ -136,3 +139,12 @@ def rotnet_alexnet(pretrained: bool = False, **kwargs: Any) -> AlexNet:
     return build_model_with_cfg(
         AlexNet, "rotnet_alexnet", pretrained, feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 4)}, **kwargs
     )
+
+
+def _read(found: Checkpoint) -> nn.Module:
+    network = create_timm("rotnet_alexnet", **architecture_of(from_official(found.state)))
+    load_into(network, found, "AlexNet", from_official)
+    return network
+
+
+PUBLISHED = Published(of="rotnet", marks=r"^_feature_blocks\.\d\.\d\.", make=_read)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from isthmus.codec import part, replaces
+from isthmus.codec.published import Published
 from isthmus.encoders.images.pyramid import check_images, check_settings, imagenet_cfg
 
 Grid = tuple[int, int]
@@ -554,3 +555,10 @@ def convit_small_plus(pretrained: bool = False, **kwargs: Any) -> ConViT:
 def convit_base_plus(pretrained: bool = False, **kwargs: Any) -> ConViT:
     """152 M parameters, ImageNet 82.5."""
     return _create("convit_base_plus", pretrained, **kwargs)
+
+
+PUBLISHED = Published(
+    of="convit",
+    marks=r"\.attn\.gating_param$",
+    names=[f"convit_{size}{plus}" for plus in ("", "_plus") for size in ("tiny", "small", "base")],
+)

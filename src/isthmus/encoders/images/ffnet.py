@@ -20,6 +20,7 @@ from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.codec.published import Published
 from isthmus.encoders.images.pyramid import Pyramid, Stage, imagenet_cfg
 
 Body = Literal["resnet", "slim", "narrow"]
@@ -312,3 +313,7 @@ def _registered(name: str) -> Callable[..., FFNet]:
 
 for _name in SIZES:
     globals()[_name] = _registered(_name)
+
+
+#: The body's share of a segmenter or classifier, which :mod:`isthmus.decoders.ffnet_head` reads whole.
+PUBLISHED = Published(of="simple-segmentation", marks=r"^backbone_model\.", rename=convert_official)

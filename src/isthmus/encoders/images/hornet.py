@@ -22,6 +22,7 @@ from timm.models import build_model_with_cfg, convnext, generate_default_cfgs, r
 from torch import Tensor, nn
 
 from isthmus.codec import part
+from isthmus.codec.published import Published, classes_in, with_head_norm
 from isthmus.layers.gnconv import GnConv, Pair
 
 
@@ -386,3 +387,22 @@ def hornet_large_gf(pretrained: bool = False, **kwargs: Any) -> HorNet:
 def hornet_large_gf_img384(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """Filters for 384 pixels, 201.8 M parameters, 101.8 GFLOPs, ImageNet 87.7 after ImageNet-22K."""
     return _create("hornet_large_gf_img384", 192, _FILTERS_384, pretrained, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------- published checkpoints
+
+
+def _arguments(ours: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {**classes_in(ours), **({"norm_features": True} if "norms.0.weight" in ours else {})}
+
+
+PUBLISHED = Published(
+    of="hornet",
+    marks=r"\.gnconv\.",
+    rename=lambda state: with_head_norm(convert_official(state)),
+    arguments=_arguments,
+    names=[
+        *(f"hornet_{size}_{kind}" for size in ("tiny", "small", "base", "large") for kind in ("7x7", "gf")),
+        *("hornet_base_gf_img384", "hornet_large_gf_img384"),
+    ],
+)

@@ -17,7 +17,7 @@ Merge a trained network with :func:`isthmus.encoders.images.metanext.reparameter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -26,6 +26,7 @@ from timm.models import build_model_with_cfg, convnext, generate_default_cfgs, i
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, part
+from isthmus.codec.published import Published
 from isthmus.encoders.images.metanext import MetaNeXt, Mixer
 from isthmus.encoders.images.pyramid import imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
@@ -295,3 +296,27 @@ def convnext_tiny_k3_par1_8(pretrained: bool = False, **kwargs: Any) -> convnext
 def convnext_tiny_k3_par1_16(pretrained: bool = False, **kwargs: Any) -> convnext.ConvNeXt:
     """3x3 on a sixteenth of the channels, ImageNet 80.1."""
     return _ablation("convnext_tiny_k3_par1_16", pretrained, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------- published checkpoints
+
+
+def _published(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The paper's ConvNeXt-T with other kernels has the names of ConvNeXt, which timm maps."""
+    if "downsample_layers.0.0.weight" not in state:
+        return state
+    with torch.device("meta"):
+        like = convnext.convnext_tiny(num_classes=len(state.get("head.weight", ())))
+    return convnext.checkpoint_filter_fn(dict(state), like)
+
+
+PUBLISHED = Published(
+    of="inceptionnext",
+    marks=r"\.token_mixer\.dwconv_hw\.|^stages\.\d\.\d+\.dwconv\.",
+    rename=_published,
+    names=[
+        *(f"inception_next_{size}" for size in ("atto", "tiny", "small", "base")),
+        *("convnext_tiny", "convnext_tiny_k5", "convnext_tiny_k3"),
+        *(f"convnext_tiny_k3_par{share}" for share in ("1_2", "3_8", "1_4", "1_8", "1_16")),
+    ],
+)

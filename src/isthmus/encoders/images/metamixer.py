@@ -24,6 +24,7 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.codec.published import Published, classes_in
 from isthmus.encoders.images.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers import metamixer
 from isthmus.layers.metamixer import (
@@ -534,3 +535,20 @@ def metamixer_ffnet_4(pretrained: bool = False, **kwargs: Any) -> FFNet:
 def metamixer_ffnet_seg(pretrained: bool = False, **kwargs: Any) -> FFNetSeg:
     """The backbone of the segmentation system, 67.2 M parameters with its head for pre-training."""
     return _create("metamixer_ffnet_seg", pretrained, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------- published checkpoints
+
+
+def _arguments(ours: Mapping[str, Tensor]) -> dict[str, Any]:
+    merged, dense = "stem.0.conv.bias" in ours, "norms.0.weight" in ours
+    return {**classes_in(ours), **({"deploy": True} if merged else {}), **({"norm_features": True} if dense else {})}
+
+
+PUBLISHED = Published(
+    of="metamixer",
+    marks=r"^(backbone\.|encoder\.)*stages\.\d\.\d+\.(token|channel)_mixer\.",
+    rename=convert_official,
+    arguments=_arguments,
+    names=[f"metamixer_ffnet_{size}" for size in ("1", "2", "3", "4", "seg")],
+)

@@ -11,6 +11,9 @@ from timm.layers import ConvNormAct, SelectAdaptivePool2d
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.codec import create_timm
+from isthmus.codec.checkpoints import Checkpoint, load_into
+from isthmus.codec.published import Published
 from isthmus.encoders.images.stages import NamedStages
 
 __all__ = ["NetworkInNetwork", "architecture_of", "from_official"]
@@ -179,3 +182,19 @@ def nin_cifar_5(pretrained: bool = False, **kwargs: Any) -> NetworkInNetwork:
 def nin_cifar_tiny(pretrained: bool = False, **kwargs: Any) -> NetworkInNetwork:
     """Three narrow blocks of 3, 2 and 2 convolutions: what a laptop trains in a minute."""
     return _create("nin_cifar_tiny", pretrained, **{"depths": (3, 2, 2), "widths": (32, 24, 16), **kwargs})
+
+
+def _read(found: Checkpoint, pool_conv3: bool = False) -> nn.Module:
+    """The network.
+
+    Args:
+        found: the file.
+        pool_conv3: it was trained with a pool after block 3, which leaves no trace in the file.
+    """
+    ours = from_official(found.state)
+    network = create_timm("nin_cifar", **architecture_of(ours), pool_conv3=pool_conv3)
+    load_into(network, found, "the Network in Network", from_official)
+    return network
+
+
+PUBLISHED = Published(of="rotnet", marks=r"_ConvB\d", make=_read)

@@ -20,6 +20,7 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.codec.published import Published, classes_in
 from isthmus.encoders.images.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
@@ -343,3 +344,31 @@ def replknet_xl(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
         "dw_ratio": 1.5,
     }
     return _create("replknet_xl", pretrained, **{**sizes, **kwargs})
+
+
+# ----------------------------------------------------------------------------------------------- published checkpoints
+
+
+def _published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under our names; backbones for dense tasks have no norm of the head, which gets the one of a fresh model."""
+    ours = convert_official(state)
+    if is_merged(ours):
+        ours = fold_state(ours)
+    last = ours.get("stages.3.blocks.0.pw2.conv.weight")
+    if "head.fc.weight" not in ours and last is not None:
+        ours = {**{f"norm.{name}": value for name, value in nn.BatchNorm2d(len(last)).state_dict().items()}, **ours}
+    return ours
+
+
+def _arguments(ours: Mapping[str, Tensor]) -> dict[str, Any]:
+    merged, dense = "stem.0.conv.bias" in ours, "norms.0.weight" in ours
+    return {**classes_in(ours), **({"deploy": True} if merged else {}), **({"norm_features": True} if dense else {})}
+
+
+PUBLISHED = Published(
+    of="large-kernels",
+    marks=r"\.large_kernel\.lkb_",
+    rename=_published,
+    arguments=_arguments,
+    names=["replknet_31b", "replknet_31l", "replknet_xl"],
+)

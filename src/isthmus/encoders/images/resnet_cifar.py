@@ -21,6 +21,7 @@ from timm.models.resnet import BasicBlock as WideBlock
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from isthmus.codec.published import Published
 from isthmus.encoders.images.stages import NamedStages
 from isthmus.layers.padded_shortcut import PaddedShortcut
 
@@ -203,3 +204,12 @@ def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> FineStemResNet:
     """ResNet-50 with a fine stem, 23.5 million parameters."""
     arguments = {"block": Bottleneck, "layers": (3, 4, 6, 3), **kwargs}
     return build_model_with_cfg(FineStemResNet, "resnet50_cifar", pretrained, **arguments)
+
+
+PUBLISHED = Published(
+    of="lrp-pruning",
+    marks=r"^layer[123]\.\d+\.(conv|bn)[12]\.",
+    rename=from_official,
+    arguments=lambda ours: {"num_classes": len(ours.get("head.classifier.weight", ()))},
+    names=[f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110)],
+)

@@ -25,6 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from isthmus.codec.published import Published
 from isthmus.encoders.images.aggregated_attention import AggregatedAttention, Grid, Pair, PlainAttention
 from isthmus.encoders.images.pyramid import Pyramid, check_settings, imagenet_cfg
 from isthmus.layers.neighbourhood import visible_neighbours
@@ -388,3 +389,11 @@ def transnext_base(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
 def transnext_micro_aaaa(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
     """13.1 M parameters, aggregated attention in all four stages, ImageNet 82.6 at 256 pixels."""
     return _create("transnext_micro_aaaa", pretrained, **kwargs)
+
+
+PUBLISHED = Published(
+    of="transnext",
+    marks=r"\.attn\.(relative_pos_bias_local|cpb_fc1)",
+    rename=convert_official,
+    names=[f"transnext_{size}" for size in ("micro", "tiny", "small", "base", "micro_aaaa")],
+)

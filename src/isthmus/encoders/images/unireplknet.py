@@ -21,6 +21,7 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.codec.published import Published, classes_in, with_head_norm
 from isthmus.encoders.images.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
@@ -411,3 +412,21 @@ def unireplknet_l(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
 def unireplknet_xl(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """386.5 M parameters deployed, ImageNet 88.0 at 384 pixels after ImageNet-22K."""
     return _create("unireplknet_xl", pretrained, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------- published checkpoints
+
+
+def _arguments(ours: Mapping[str, Tensor]) -> dict[str, Any]:
+    merged = not any(name.endswith(".gamma") for name in ours)
+    dense = "norms.0.weight" in ours
+    return {**classes_in(ours), **({"deploy": True} if merged else {}), **({"norm_features": True} if dense else {})}
+
+
+PUBLISHED = Published(
+    of="unireplknet",
+    marks=r"\.se\.(down|up)\.",
+    rename=lambda state: with_head_norm(convert_official(state)),
+    arguments=_arguments,
+    names=[f"unireplknet_{size}" for size in ("a", "f", "p", "n", "t", "s", "b", "l", "xl")],
+)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.codec import Condition, FeatureInfo, part
+from isthmus.codec.checkpoints import Checkpoint
+from isthmus.codec.published import Published
 from isthmus.encoders.signals.sensor_attention import SpatialAttention
 from isthmus.layers.subject import SOMEBODY_ELSE, SubjectLinear
 
@@ -363,3 +365,13 @@ def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "gate_glu": config.get("glu_glu", True),
         "head": "linear" if config.get("linear_out") else "double" if config.get("complex_out") else None,
     }
+
+
+def _read(found: Checkpoint) -> dict[str, Tensor]:
+    """Tensors by name: the file does not tell strides and dilations."""
+    return from_official(found.state)
+
+
+PUBLISHED = Published(
+    of="meg-decoding", marks=r"^merger\.heads$|^initial_linear\.\d|^encoders\.\w+\.sequence\.", make=_read
+)
