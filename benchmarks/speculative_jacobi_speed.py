@@ -23,13 +23,13 @@ from benchmarks.common import compare, record, table
 from isthmus.data import load
 from isthmus.engine import Run, Training
 from isthmus.priors.tiny_lm import tiny_llama
-from isthmus.recipes._image_tokens import ImageTokens, PriorConfig, TokenizerConfig, train
 from isthmus.samplers import ordinary
 from isthmus.samplers.feed import Feed
 from isthmus.samplers.ordinary import Sampling
 from isthmus.samplers.speculative_jacobi import SpeculativeJacobi
 from isthmus.samplers.transformers_generate import custom_generate
 from isthmus.samplers.transformers_models import CausalModel
+from isthmus.tasks.tokens.pictures import ImageTokens, PriorConfig, TokenizerConfig, train
 
 PICTURES = 4  # drawn by every case of a round
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from isthmus.codec import UserError
 from isthmus.data import Memory
 from isthmus.engine import Run, Training
 from isthmus.engine.options import RunOptions
-from isthmus.recipes import _image_tokens as shared
-from isthmus.recipes import _speculative_jacobi_model, speculative_jacobi
-from isthmus.recipes._image_tokens import ImageTokens, NextToken, PriorConfig, TokenizerConfig
+from isthmus.recipes import speculative_jacobi
 from isthmus.recipes.speculative_jacobi import Config
+from isthmus.samplers.ordinary import Sampling
+from isthmus.tasks.tokens import foreign
+from isthmus.tasks.tokens import pictures as shared
+from isthmus.tasks.tokens.pictures import ImageTokens, NextToken, PriorConfig, TokenizerConfig
 
 pytest.importorskip("transformers")
 
@@ -69,34 +72,20 @@ def test_it_measures_exactness_passes_and_identity(trained: tuple[Path, dict[str
     assert {"tokenizer", "passes", "settled", "samples"} <= {figure["name"] for figure in trained[1]["figures"]}
 
 
-def test_apply_completes_pictures_of_any_size_and_draws_new_ones(
-    trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    inputs = [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", 31, 12)]
-    (tmp_path / "sub").mkdir()
-    inputs += [picture(tmp_path / "sub" / "a.png", 9, 40), tmp_path / "note.txt"]
+def test_apply_completes_pictures_and_draws_new_ones(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    inputs = [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", 31, 12), tmp_path / "note.txt"]
     inputs[-1].write_text("no picture")
     written = speculative_jacobi.apply(trained[0], inputs, tmp_path / "out")
-    assert [path.name for path in written] == ["a-completed.png", "b-completed.png", "a-2-completed.png", "new.png"]
-    assert "note.txt" in capsys.readouterr().err
-    (tmp_path / "more").mkdir()
-    inputs = [picture(tmp_path / "a.png"), picture(tmp_path / "a-2.png"), picture(tmp_path / "more" / "a.png")]
-    names = [path.name for path in speculative_jacobi.apply(trained[0], inputs, tmp_path / "three")]
-    assert len(set(names)) == 4, names
+    assert [path.name for path in written] == ["answers.json", "a-completed.png", "b-completed.png", "new.png"]
     with Image.open(written[1]) as drawn:
         assert drawn.size == (6 * 50 + 2, 52), "the picture, its upper half, four completions"
-    with pytest.raises(UserError, match=r"none of the inputs is an image \(.*note.txt"):
-        speculative_jacobi.apply(trained[0], [tmp_path / "note.txt"], tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="run the recipe to its end first"):
-        speculative_jacobi.apply(tmp_path / "empty", inputs, tmp_path / "out")
 
 
 def test_completions_keep_the_upper_half(trained: tuple[Path, dict[str, Any]]) -> None:
     tokens = ImageTokens.load(trained[0])
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     decoder = speculative_jacobi.SpeculativeJacobi(4, start="repeat_vertical")
-    sampling = speculative_jacobi.Sampling(raster=tokens.raster)
+    sampling = Sampling(raster=tokens.raster)
     got = []
     original = tokens.pictures
 
@@ -163,22 +152,22 @@ def test_next_token_hides_classes_and_predicts_what_follows() -> None:
 
 def test_impossible_settings_and_damaged_files_are_told(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     few, source = Training(steps=1), Memory("own", {"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)})
-    with Run.quick(tmp_path, name="speculative-jacobi") as run:
-        with pytest.raises(UserError, match="size 9 must be a multiple of the reduction 2"):
-            shared.train(run, source, TokenizerConfig(size=9), SMALL.prior, few, few)
-        with pytest.raises(UserError, match="sequences must be at least 5000"):
-            speculative_jacobi.run(Config(sequences=10), run)
-    for name in ("tokenizer", "prior.safetensors"):
-        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "copy" / name).write_bytes(b"")
-    (tmp_path / "copy" / "tokens.json").write_text("{}")
-    with pytest.raises(UserError, match="is damaged"):
+    with (
+        Run.quick(tmp_path, name="speculative-jacobi") as run,
+        pytest.raises(UserError, match="size 9 must be a multiple of the reduction 2"),
+    ):
+        shared.train(run, source, TokenizerConfig(size=9), SMALL.prior, few, few)
+    shutil.copytree(trained[0] / "kept", tmp_path / "copy" / "kept")
+    facts = tmp_path / "copy" / "kept" / "tokenizer" / "saved.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "facts": {}}))
+    with pytest.raises(UserError, match="keeps no tokenizer"):
         ImageTokens.load(tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"sequences": 10}, "--sequences must be at least 5000"),
         ({"timed": 0}, "timed is at least 1, got 0"),
         ({"prompts": -1}, "prompts is at least 1"),
         ({"compared": 0}, "compared is at least 1"),
@@ -193,11 +182,10 @@ def test_impossible_settings_and_damaged_files_are_told(trained: tuple[Path, dic
         ({"guidance": float("inf")}, "guidance is a finite number"),
     ],
 )
-def test_impossible_settings_are_told_before_training(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_impossible_settings_are_told_before_training(changes: dict[str, Any], told: str) -> None:
     config = dataclasses.replace(SMALL, **changes)
-    with Run.quick(tmp_path, name="speculative-jacobi") as run, pytest.raises(ValueError, match=told):
-        speculative_jacobi.run(config, run)
-    assert not (run.dir / "tokenizer").exists()
+    with pytest.raises(ValueError, match=told):
+        speculative_jacobi.check(config)
 
 
 def test_a_model_of_somebody_else_is_decoded_with_and_without_windows(tmp_path: Path) -> None:
@@ -217,13 +205,13 @@ def test_a_model_of_somebody_else_is_decoded_with_and_without_windows(tmp_path: 
         speculative_jacobi.apply(run.dir, [picture(tmp_path / "a.png")], tmp_path / "out")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="no causal model that transformers can load"):
-        _speculative_jacobi_model.load(str(tmp_path / "nothing"))
-    own, settings = _speculative_jacobi_model.load(config.model), _speculative_jacobi_model.Settings()
+        foreign.load(str(tmp_path / "nothing"))
+    own, settings = foreign.load(config.model), foreign.Settings()
     with (
         Run.quick(tmp_path / "more", name="speculative-jacobi", config=config) as run,
         pytest.raises(UserError, match="prompts, timed and windows are at least 1"),
     ):
-        _speculative_jacobi_model.compare(run, own, settings, (4,), ("random",), prompts=1, timed=0)
+        foreign.compare(run, own, settings, (4,), ("random",), prompts=1, timed=0)
 
 
 @pytest.mark.parametrize("name", ["chameleon", "emu3", "janus"])
@@ -233,23 +221,23 @@ def test_models_of_pictures_draw_their_image_tokens(name: str, tmp_path: Path, m
 
     network = {"chameleon": tiny.chameleon, "emu3": tiny.emu3, "janus": tiny.janus}[name]()
     network.save_pretrained(tmp_path / "model")
-    again = _speculative_jacobi_model.load(str(tmp_path / "model"))
+    again = foreign.load(str(tmp_path / "model"))
     assert type(again) is type(network)
     for key, value in network.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
-    found = _speculative_jacobi_model.picture_tokens(again)
+    found = foreign.picture_tokens(again)
     assert found is not None
     raster = found[1]
     if name == "emu3":
         assert (raster.width, raster.end_of_line, list(raster.tokens or [])) == (90, 4, list(range(10, 26)))
-        monkeypatch.setattr(_speculative_jacobi_model, "_EMU3_SIDE", 4)
+        monkeypatch.setattr(foreign, "_EMU3_SIDE", 4)
     elif name == "chameleon":
         assert (raster.width, list(raster.tokens or [])) == (8, list(range(4, 20)))
     else:
         assert raster.width == 4
-    settings = _speculative_jacobi_model.Settings(guidance=2.0, top_k=9)
+    settings = foreign.Settings(guidance=2.0, top_k=9)
     with Run.quick(tmp_path, name="speculative-jacobi", config=SMALL, max_steps=1) as run:
-        _speculative_jacobi_model.compare(run, again, settings, (1, 4), ("random", "repeat_vertical"), 2, 1)
+        foreign.compare(run, again, settings, (1, 4), ("random", "repeat_vertical"), 2, 1)
     metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
     assert metrics["greedy_identical"]["value"] == 1
     assert metrics["passes_per_token_random_1"]["value"] == 1
@@ -264,12 +252,9 @@ def test_checkpoints_that_lack_weights_and_guidance_of_text(tmp_path: Path) -> N
 
     torch.manual_seed(0)
     tiny_llama(30, 1, 16, length=40).save_pretrained(tmp_path)
-    model = _speculative_jacobi_model.load(str(tmp_path))
+    model = foreign.load(str(tmp_path))
     prompt = torch.tensor([[3, 4, 5]])
-    draws = [
-        _speculative_jacobi_model._Text(model, _speculative_jacobi_model.Settings(guidance=scale), 12)
-        for scale in (1.0, 4.0)
-    ]
+    draws = [foreign._Text(model, foreign.Settings(guidance=scale), 12) for scale in (1.0, 4.0)]
     plain, guided = (draw(prompt, None, greedy=True)[0] for draw in draws)
     assert not torch.equal(plain, guided)
     decoder = speculative_jacobi.SpeculativeJacobi(4)
@@ -278,4 +263,4 @@ def test_checkpoints_that_lack_weights_and_guidance_of_text(tmp_path: Path) -> N
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks weights of LlamaForCausalLM: lm_head\.weight \(and 0 more\)"):
-        _speculative_jacobi_model.load(str(tmp_path))
+        foreign.load(str(tmp_path))

@@ -12,7 +12,6 @@ from torch import Tensor
 from isthmus.metrics.distributions import chi_square
 from isthmus.priors.markov import MarkovChain
 from isthmus.priors.tiny_lm import tiny_llama
-from isthmus.recipes._speculative_exactness import newest_as_draft, residual_forgotten
 from isthmus.samplers import ordinary
 from isthmus.samplers.acceptance import verify
 from isthmus.samplers.feed import Guidance
@@ -20,6 +19,7 @@ from isthmus.samplers.ordinary import Sampling, at_any
 from isthmus.samplers.raster import Raster
 from isthmus.samplers.speculative_jacobi import SpeculativeJacobi, settled
 from isthmus.samplers.transformers_models import CausalModel
+from isthmus.tasks.tokens.exactness import newest_as_draft, residual_forgotten
 
 SEQUENCES, LENGTH = 6000, 5
 

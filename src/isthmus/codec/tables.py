@@ -50,6 +50,7 @@ _PARTS = {
     "isthmus.layers.subject": ("SubjectLinear",),
     "isthmus.objectives.spark": ("SparK",),
     "isthmus.priors.circuit": ("HCLT",),
+    "isthmus.priors.tiny_lm": ("tiny_llama",),
     "isthmus.robustness.crop_selection": ("CropSelection",),
 }
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from isthmus.codec import extra
+from isthmus.codec import extra, part
 
 
+@part
 def tiny_llama(vocab: int, layers: int = 4, width: int = 128, heads: int | None = None, length: int = 1024) -> Any:
     """A ``LlamaForCausalLM`` with new weights, drawn from torch's global generator.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from isthmus.recipes._image_tokens import ImageTokens
 from isthmus.samplers.ordinary import Decoded
+from isthmus.tasks.tokens.pictures import ImageTokens
 
 
 def large(images: Tensor, columns: int) -> Any:
@@ -28,21 +27,6 @@ def png(image: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
-
-
-def lines(found: Mapping[tuple[str, int], float]) -> Figure:
-    """Passes a token by window, a line for every kind of first guess."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for start in dict.fromkeys(start for start, _ in found):
-        points = [(window, value) for (each, window), value in found.items() if each == start]
-        axis.plot(*zip(*points, strict=True), marker=".", label=start.replace("_", " "))
-    axis.axhline(1.0, color="grey", linestyle=":")
-    axis.set_xlabel("window")
-    axis.set_ylabel("passes a token")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def settled(pictures: ImageTokens, decoded: Decoded) -> Figure:

@@ -7,7 +7,6 @@ codes of the picture, line by line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus import saved
 from isthmus.bottlenecks.vq import VQ
-from isthmus.codec import Codec, Loss, UserError, load_weights, save_weights, write_atomically
+from isthmus.codec import Codec, Loss, UserError
 from isthmus.data import Dataset, Memory, evaluation_batches
+from isthmus.data.inputs import Inputs
+from isthmus.data.subsets import class_names
 from isthmus.data.transforms import CenterCrop, Compose, Resize, Transform
 from isthmus.decoders.conv_tokenizer import ConvDetokenizer
 from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.tokenizers.conv_tokenizer import ConvTokenizer
 from isthmus.engine import Run, Training
-from isthmus.engine.fit import fit
+from isthmus.engine.fit import FitResult, fit
 from isthmus.layers.random import rows
 from isthmus.priors.tiny_lm import tiny_llama
 from isthmus.samplers.feed import Guidance
@@ -34,7 +36,6 @@ from isthmus.samplers.raster import Raster
 from isthmus.samplers.transformers_models import CausalModel
 
 _PIXELS = 256 * 16 * 16  # of pictures that go through a tokenizer at once
-_FILES = ("tokenizer", "prior.safetensors", "tokens.json")
 
 
 @dataclass(frozen=True)
@@ -163,43 +164,28 @@ class ImageTokens:
         assert found is not None
         return found.flatten(1)
 
-    def save(self, folder: Path) -> Path:
-        """Write both networks and what :meth:`load` needs to know into a folder."""
-        config = self.prior.config
-        told = {
-            "classes": self.classes,
-            "size": self.size,
-            "reduction": self.reduction,
-            "prior": {
-                "vocab": config.vocab_size,
-                "layers": config.num_hidden_layers,
-                "width": config.hidden_size,
-                "heads": config.num_attention_heads,
-            },
-        }
-        self.codec.save_pretrained(folder / _FILES[0])
-        save_weights(self.prior, folder / _FILES[1])
-        write_atomically(folder / _FILES[2], json.dumps(told, indent=1).encode())
-        return folder
+    def save(self, run: Run) -> None:
+        """Keep both networks in the run's folder, for :meth:`load`."""
+        inputs = Inputs(size=(self.size, self.size), mean=(0.0,) * 3, std=(1.0,) * 3)
+        folder = run.dir / saved.KEPT
+        if run.is_first:
+            saved.save(folder / "prior", self.prior, Inputs("tokens"), self.classes)
+            saved.save(folder / "tokenizer", self.codec, inputs, self.classes, {"reduction": self.reduction})
+        run.artifact("tokenizer", folder / "tokenizer", "pictures to tokens and back")
+        run.artifact("prior", folder / "prior", "the prior of those tokens; `isthmus apply` draws with both")
 
     @classmethod
-    def load(cls, folder: Path) -> ImageTokens:
-        """Read what :meth:`save` wrote.
+    def load(cls, run_dir: Path) -> ImageTokens:
+        """The tokenizer and the prior that a run kept.
 
         Raises:
             UserError: the run did not come to its end, or a file is damaged.
         """
-        for name in _FILES:
-            if not (folder / name).exists():
-                raise UserError(f"{folder} has no {name}; run the recipe to its end first.")
-        try:
-            told = json.loads((folder / _FILES[2]).read_text())
-            prior = tiny_llama(**told["prior"])
-            size, reduction, classes = told["size"], told["reduction"], told["classes"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / _FILES[2]} is damaged ({error}); run the recipe again.") from error
-        load_weights(prior, folder / _FILES[1])
-        return cls(Codec.from_pretrained(folder / _FILES[0]), prior, classes, size, reduction)
+        tokenizer, prior = (saved.load(run_dir / saved.KEPT / name) for name in ("tokenizer", "prior"))
+        size, codec = tokenizer.inputs.size, tokenizer.model
+        if size is None or not isinstance(codec, Codec) or not isinstance(tokenizer.facts.get("reduction"), int):
+            raise UserError(f"{tokenizer.folder} keeps no tokenizer of pictures; run the recipe again.")
+        return cls(codec, prior.model, tokenizer.labels or [], size[0], tokenizer.facts["reduction"])
 
 
 def at_once(size: int) -> int:
@@ -234,22 +220,26 @@ def train(
     run.seed_everything("tokenizer")
     codec = make_codec(tokenizer)
     fitted = fit(run, "tokenizer", Tokenizing(codec), source, tokenizer_training, transform)
-    codec = fitted.objective.codec
+    codec = averaged(fitted).codec
     assert isinstance(codec, Codec)
     classes = list(source.classes or []) if "label" in source.columns else []
     if "label" in source.columns and not classes:
-        classes = [str(i) for i in range(1 + max(int(source[i]["label"]) for i in range(len(source))))]
+        classes = class_names(source)
 
     held = tokenized(run, codec, source, tokenizer.size, bool(classes))
     run.seed_everything("prior")
     side = tokenizer.size // tokenizer.reduction
     model = tiny_llama(tokenizer.codes + len(classes) + 1, prior.layers, prior.width, length=max(1024, 2 * side**2))
     objective = NextToken(model, tokenizer.codes, len(classes), prior.drop)
-    trained = fit(run, "prior", objective, held, prior_training).objective
+    trained = averaged(fit(run, "prior", objective, held, prior_training))
     tokens = ImageTokens(codec, trained.model, classes, tokenizer.size, tokenizer.reduction)
-    if run.is_first:
-        tokens.save(run.dir)
+    tokens.save(run)
     return tokens
+
+
+def averaged(result: FitResult) -> Any:
+    """The trained objective, with the moving average of its weights where the training asks for one."""
+    return result.objective if result.ema is None else result.ema
 
 
 def make_codec(config: TokenizerConfig) -> Codec:
