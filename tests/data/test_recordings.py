@@ -12,7 +12,9 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data import load
+from isthmus.data.readers.mne_recordings import from_raw
 from isthmus.data.readers.recordings import MISSING, from_epochs, read
+from isthmus.data.readers.sensors import pick, positions
 
 RATE = 40.0
 
@@ -54,7 +56,8 @@ def test_epochs_of_mne_come_with_layout_and_labels(tmp_path: Path) -> None:
     assert found.columns["label"].tolist() == [1, 0] * 6
     assert float(found.positions.min()) >= 0
     assert float(found.positions.max()) == 1
-    assert 0.1 < float(found.signal.abs().median()) < 10, "tesla become numbers near one"
+    data = torch.as_tensor(made.get_data(copy=False), dtype=torch.float32)
+    torch.testing.assert_close(found.signal, data * 1e15, msg="tesla become femtotesla")
     made.save(tmp_path / "one-epo.fif", overwrite=True, verbose="ERROR")
     again = read(tmp_path / "one-epo.fif")
     torch.testing.assert_close(again.signal, found.signal, rtol=1e-3, atol=1e-4)
@@ -76,6 +79,134 @@ def test_continuous_files_are_cut_at_their_events_or_stay_whole(tmp_path: Path) 
     cut = read(tmp_path / "task_raw.fif", -0.1, 0.7)
     assert cut.signal.shape[0] == 3
     assert cut.columns["label"].tolist() == [1, 0, 1]
+
+
+def raw(stim: dict[int, int] | None = None, kinds: str = "eeg", channels: int = 5, samples: int = 400) -> Any:
+    """Continuous data of ``channels`` sensors with places, and a stim channel of codes at samples."""
+    mne = pytest.importorskip("mne")
+    names = [f"A{i}" for i in range(channels)]
+    info = mne.create_info([*names, *(["STI"] if stim is not None else [])], RATE, kinds)
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(len(info["ch_names"]), samples)) * 1e-5
+    if stim is not None:
+        info = mne.create_info([*names, "STI"], RATE, [kinds] * channels + ["stim"])
+        data[-1] = 0
+        for sample, code in stim.items():
+            data[-1, sample] = code
+    made = mne.io.RawArray(data, info, verbose="ERROR")
+    angles = np.linspace(0, 2 * np.pi, channels, endpoint=False)
+    for number, angle in enumerate(angles):
+        made.info["chs"][number]["loc"][:3] = 0.08 * np.cos(angle), 0.08 * np.sin(angle), 0.03 + 0.02 * (number % 2)
+    return made
+
+
+def annotated(made: Any, *told: tuple[float, str]) -> Any:
+    import mne
+
+    return made.set_annotations(mne.Annotations([t for t, _ in told], 0.0, [name for _, name in told]))
+
+
+def labels(found: Any) -> list[str]:
+    return [found.classes[number] for number in found.columns["label"].tolist()]
+
+
+def test_codes_that_last_one_sample_or_change_in_the_next_are_events() -> None:
+    found = from_raw(raw({60: 1, 120: 1, 121: 3, 200: 2}), -0.1, 0.5)
+    assert not found.continuous
+    assert labels(found) == ["1", "1", "3", "2"]
+
+
+def test_a_silent_stim_channel_leaves_the_word_to_annotations() -> None:
+    found = from_raw(annotated(raw({}), (2.0, "dog"), (4.0, "cat"), (5.0, "BAD_blink")), -0.1, 0.5)
+    assert labels(found) == ["dog", "cat"]
+    both = from_raw(annotated(raw({100: 7}), (2.0, "dog")), -0.1, 0.5)
+    assert labels(both) == ["7"], "a stim channel that speaks is believed"
+
+
+@pytest.mark.parametrize("stim", [None, {}])
+@pytest.mark.parametrize("told", [[], [(2.0, "BAD_blink")], [(2.0, "bad segment"), (3.0, "EDGE boundary")]])
+def test_without_events_a_recording_stays_whole(stim: dict[int, int] | None, told: list[tuple[float, str]]) -> None:
+    found = from_raw(annotated(raw(stim), *told))
+    assert found.continuous
+    assert found.signal.shape == (1, 5, 400)
+
+
+def test_annotations_at_one_sample_are_a_trial_each() -> None:
+    made = annotated(raw(), (2.0, "dog"), (2.0, "animal"), (2.0, "brown"), (4.0, "cat"), (6.0, "dog"))
+    found = from_raw(made, -0.1, 0.5)
+    assert sorted(labels(found)[:3]) == ["animal", "brown", "dog"]
+    assert labels(found)[3:] == ["cat", "dog"]
+    assert torch.equal(found.signal[0], found.signal[1])
+    assert not torch.equal(found.signal[0], found.signal[3])
+
+
+def test_events_without_a_whole_window_are_told_with_the_file(tmp_path: Path) -> None:
+    raw({2: 1, 398: 2}).save(tmp_path / "edge_raw.fif", verbose="ERROR")
+    with pytest.raises(UserError, match=r"edge_raw\.fif: of 2 events none has the whole window of -0\.5 to 1\.0 s"):
+        read(tmp_path / "edge_raw.fif")
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("eeg", 1e6), ("mag", 1e15), ("grad", 1e13)])
+def test_units_do_not_depend_on_the_data(kind: str, unit: float) -> None:
+    mne = pytest.importorskip("mne")
+    medians = []
+    for size in (31 / unit, 33 / unit, 500 / unit):
+        made = raw(kinds=kind)
+        info = made.info
+        epochs = mne.EpochsArray(np.full((2, 5, 20), size), info, verbose="ERROR")
+        medians.append(float(from_epochs(epochs).signal.median()))
+    assert medians == pytest.approx([31, 33, 500])
+
+
+@pytest.mark.parametrize("kind", ["eeg", "mag", "grad"])
+@pytest.mark.parametrize("name", ["MEG{:03d}", "MEG 0{:03d}", "sensor-{}", "E{}"])
+def test_places_come_from_the_recording_whatever_its_channels_are_called(kind: str, name: str) -> None:
+    made = raw(kinds=kind, channels=12)
+    made.rename_channels({old: name.format(i) for i, old in enumerate(made.ch_names)})
+    places = positions(made.info, pick(made.info))
+    assert (places >= 0).all()
+    assert float(places.min()) == 0
+    assert float(places.max()) == 1
+    assert len(places.unique(dim=0)) == 12
+    turned = places - places.mean(0)
+    angles = torch.atan2(turned[:, 1], turned[:, 0])
+    true = torch.linspace(0, 2 * torch.pi, 13)[:-1]
+    assert ((angles - true + torch.pi).remainder(2 * torch.pi) - torch.pi).abs().max() < 0.3, "as they lie on the head"
+
+
+@pytest.mark.parametrize("kind", ["eeg", "mag"])
+def test_bad_channels_belong_to_the_cap(kind: str) -> None:
+    made = raw(kinds=kind, channels=12)
+    whole = positions(made.info, pick(made.info))
+    made.info["bads"] = [made.ch_names[0], made.ch_names[3]]
+    chosen = pick(made.info)
+    assert len(chosen) == 10
+    torch.testing.assert_close(positions(made.info, chosen), whole[chosen])
+    vectorview = epochs()
+    before = from_epochs(vectorview).positions
+    vectorview.info["bads"] = vectorview.ch_names[:2]
+    torch.testing.assert_close(from_epochs(vectorview).positions, before[2:])
+
+
+def test_a_recording_without_any_place_is_refused() -> None:
+    made = raw()
+    for channel in made.info["chs"]:
+        channel["loc"][:3] = np.nan
+    with pytest.raises(UserError, match="holds no places of them; set a montage"):
+        from_raw(made)
+
+
+def test_a_missing_image_is_told_with_its_file_and_column(tmp_path: Path) -> None:
+    (tmp_path / "dog.png").write_bytes(b"seen")
+    paths = ["dog.png", str(tmp_path / "dog.png"), *["cat.png"] * 28]
+    arrays(tmp_path / "a.npz", image=paths)
+    told = r"a\.npz: its column image names 'cat\.png' for trial 2, and there is no such file"
+    with pytest.raises(UserError, match=told):
+        load(f"meg:{tmp_path / 'a.npz'}", "all", ("signal", "image"))
+    assert len(load(f"meg:{tmp_path / 'a.npz'}", "all", ("signal",))) == 30, "nobody asked for images"
+    arrays(tmp_path / "b.npz", image=["dog.png"] * 30)
+    found = load(f"meg:{tmp_path / 'b.npz'}", "all", ("signal", "image"))
+    assert found[0]["image"] == str(tmp_path / "dog.png"), "paths may be beside the recording"
 
 
 def test_other_times_are_resampled_without_aliases(tmp_path: Path) -> None:

@@ -61,9 +61,11 @@ def npz(path: Path, split: str = "test", rate: float = 40.0, **more: Any) -> Pat
 
 def test_everything_is_measured_and_drawn(done: tuple[Path, dict[str, Any]]) -> None:
     metrics = {name: entry["value"] for name, entry in done[1]["metrics"].items()}
-    assert metrics["chance"] == pytest.approx(5 / 6)
-    assert metrics["cnn_over_ridge"] == pytest.approx(metrics["top5_cnn"] / metrics["top5_ridge"])
-    assert metrics["top5_cnn_large"] <= metrics["top5_cnn"]
+    assert metrics["chance"] == 0.5, "of 6 candidates the first 3 count"
+    assert any("the first 3 count (top-3) and not the first 5" in note for note in done[1]["notes"])
+    assert not any(name.startswith("top5") for name in metrics)
+    assert metrics["cnn_over_ridge"] == pytest.approx(metrics["top3_cnn"] / metrics["top3_ridge"])
+    assert metrics["top3_cnn_large"] <= metrics["top3_cnn"]
     assert metrics["stream_difference"] < 1e-4
     assert metrics["best_semantic"] > 0.2
     assert 0.05 <= metrics["low_peak"] <= 0.2
@@ -166,7 +168,7 @@ def test_recordings_and_latents_of_a_vision_model(tmp_path: Path) -> None:
     with Run.quick(tmp_path, name="meg-decoding", config=config, max_steps=2) as run:
         meg_decoding.run(config, run)
     metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
-    assert "top5_cnn" in metrics
+    assert metrics["chance"]["value"] <= 0.5
     assert "semantic_lag" not in metrics, "nobody knows the truth of a recording"
     decoder: Any = isthmus.load(run.dir).model.decoder
     assert decoder.retrieval.out_features == timm.create_model("test_resnet").num_features
@@ -196,6 +198,32 @@ def trials(count: int = 8) -> Trials:
     return Trials(
         signal, torch.zeros(count, dtype=torch.int64), stimulus, latent, torch.rand(count, 2, 2), torch.arange(10) / 10
     )
+
+
+def test_one_candidate_is_no_retrieval(tmp_path: Path) -> None:
+    npz(tmp_path / "mine.npz", label=np.zeros(24, np.int64), latent=np.ones((24, 4), np.float32), stimulus=[0] * 24)
+    config = replace(TINY, data=f"meg:{tmp_path}/mine.npz")
+    run = Run.quick(tmp_path, name="meg-decoding", config=config, max_steps=2)
+    with pytest.raises(UserError, match="show 1 stimulus; retrieval needs at least 2"), run:
+        meg_decoding.run(config, run)
+    assert not list(run.dir.rglob("*.ckpt")), "told before anything is trained"
+
+
+def test_a_picture_that_cannot_be_read_is_told_with_its_column(tmp_path: Path) -> None:
+    (tmp_path / "dog.png").write_bytes(b"no picture")
+    npz(tmp_path / "mine.npz", image=["dog.png"] * 24)
+    with pytest.raises(UserError, match=r"its column image names .*dog\.png, which cannot be read"):
+        read(f"meg:{tmp_path}/mine.npz", "all", 0)
+
+
+def test_the_end_of_a_stimulus_is_drawn_only_where_it_is_known() -> None:
+    course = courses.Course([(0.0, 0.1), (0.9, 1.0)], {"latent": [0.1, 0.2]})
+
+    def moments(figure: Any) -> list[float]:
+        return [line.get_xdata()[0] for line in figure.axes[0].lines if list(line.get_ydata()) == [0, 1]]
+
+    assert 0.5 in moments(courses.draw(course, None, 0.5))
+    assert 0.5 not in moments(courses.draw(course, None))
 
 
 def test_repeats_are_averaged_in_one_order() -> None:

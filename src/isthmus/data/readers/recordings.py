@@ -12,9 +12,8 @@ from __future__ import annotations
 import glob
 import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,70 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.codec import UserError, extra
+from isthmus.codec import UserError
 from isthmus.data.dataset import Memory, pick_needs
-from isthmus.data.splits import PARTS, divide, row_fractions
+from isthmus.data.readers.mne_recordings import from_epochs, read_fif
+from isthmus.data.readers.recording import EXTRAS, NUMBERED, Recording, read_columns
+from isthmus.data.readers.sensors import MISSING
+from isthmus.data.splits import divide, row_fractions
 
 SUFFIXES = (".fif", ".fif.gz", ".npz", ".npy")
-MISSING = -0.1  # both coordinates of a sensor that is not there
-_EXTRAS = ("subject", "label", "latent", "stimulus", "image", "low", "split")
-_NUMBERED = ("subject", "label", "stimulus")
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Trials of one recording.
-
-    Attributes:
-        signal: float32 ``(N, C, T)``.
-        times: ``(T,)`` seconds from the onset.
-        positions: ``(C, 2)`` in [0, 1]; (-0.1, -0.1) where a sensor's place is unknown.
-        columns: what is known of every trial: label, latent, stimulus, image, subject.
-        classes: names of the labels.
-        words: what the numbers of a column stand for, where it held words.
-        continuous: the whole is one stretch of time and not trials.
-    """
-
-    signal: Tensor
-    times: Tensor
-    positions: Tensor
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    classes: tuple[str, ...] | None = None
-    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    continuous: bool = False
-
-    @property
-    def rate(self) -> float:
-        """Samples a second."""
-        return (len(self.times) - 1) / float(self.times[-1] - self.times[0])
-
-    def at(self, times: Tensor) -> Recording:
-        """The same trials sampled at other times, low-passed before where those are further apart.
-
-        Raises:
-            UserError: the recording does not reach that far.
-        """
-        if len(times) == len(self.times) and torch.allclose(times, self.times, atol=1e-4):
-            return replace(self, times=times)
-        step = float(times[1] - times[0])
-        if float(times[0]) < float(self.times[0]) - step or float(times[-1]) > float(self.times[-1]) + step:
-            raise UserError(
-                f"the recording covers {self.times[0]:.3f} to {self.times[-1]:.3f} s, and {times[0]:.3f} to "
-                f"{times[-1]:.3f} s are needed; cut longer epochs."
-            )
-        from scipy.signal import resample_poly
-
-        ratio = Fraction(1 / step / self.rate).limit_denominator(1000)
-        signal, at = self.signal.numpy(), self.times.double().numpy()
-        if ratio < 1:  # fewer samples: what lies above the new Nyquist frequency has to go first
-            ends = signal[..., :1]  # the filter takes what is outside for zero
-            signal = resample_poly(signal - ends, ratio.numerator, ratio.denominator, axis=-1, padtype="line") + ends
-            at = at[0] + np.arange(signal.shape[-1]) / (self.rate * float(ratio))
-        place = np.interp(times.double().numpy(), at, np.arange(len(at)))
-        low = np.clip(place.astype(int), 0, len(at) - 2)
-        share = (place - low).astype(np.float32)
-        mixed = signal[..., low] * (1 - share) + signal[..., low + 1] * share
-        return replace(self, signal=torch.from_numpy(np.ascontiguousarray(mixed, np.float32)), times=times)
 
 
 def read(path: str | Path, start: float = -0.5, stop: float = 1.0) -> Recording:
@@ -104,103 +47,11 @@ def read(path: str | Path, start: float = -0.5, stop: float = 1.0) -> Recording:
     kind = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
     if kind is None:
         raise UserError(f"{path} is no recording that can be read; known are {', '.join(SUFFIXES)}.")
-    recording = _read_fif(path, start, stop) if kind.startswith(".fif") else _read_arrays(path, kind)
+    recording = read_fif(path, start, stop) if kind.startswith(".fif") else _read_arrays(path, kind)
     if not bool(torch.isfinite(recording.signal).all()):
         wrong = int((~torch.isfinite(recording.signal)).flatten(1).any(1).sum())
         raise UserError(f"{path}: {wrong} of {len(recording.signal)} trials have NaN or infinite samples; drop those.")
     return recording
-
-
-def from_epochs(epochs: Any) -> Recording:
-    """An ``mne.Epochs`` object; its magnetometers and gradiometers, or its EEG where it has none.
-
-    Sensors that MNE's layout does not know get the missing place. Event names become labels; the metadata's columns
-    ``stimulus``, ``image``, ``subject``, ``latent`` and ``split`` are taken along.
-    """
-    picks = _picks(epochs.info)
-    signal = torch.tensor(epochs.get_data(picks=picks, copy=False), dtype=torch.float32)
-    names = {code: name for name, code in epochs.event_id.items()}
-    classes = sorted(names.values())
-    columns: dict[str, Any] = {"label": torch.tensor([classes.index(names[code]) for code in epochs.events[:, 2]])}
-    if epochs.metadata is not None:
-        columns |= {name: epochs.metadata[name].tolist() for name in _EXTRAS if name in epochs.metadata}
-    numbered, words = _columns(columns, len(signal), "the epochs")
-    return Recording(
-        _scaled(signal),
-        torch.tensor(epochs.times, dtype=torch.float32),
-        sensor_positions(epochs.info, picks),
-        numbered,
-        words.setdefault("label", tuple(classes)),
-        words,
-    )
-
-
-def _picks(info: Any) -> list[int]:
-    """MEG channels without references, or EEG where there are none."""
-    import mne
-
-    pick: Any = mne.pick_types
-    for kind in ({"meg": True, "ref_meg": False}, {"meg": False, "eeg": True}):
-        if len(picks := pick(info, **kind)):
-            return [int(number) for number in picks]
-    raise UserError("the recording has neither MEG nor EEG channels.")
-
-
-def sensor_positions(info: Any, picks: Sequence[int]) -> Tensor:
-    """Places of MNE's channels in its own flat layout, stretched to [0, 1]: ``(C, 2)``; (-0.1, -0.1) where unknown."""
-    import mne
-
-    positions = torch.full((len(picks), 2), MISSING)
-    try:
-        layout = mne.channels.find_layout(info)
-    except (RuntimeError, ValueError):
-        layout = None
-    if layout is None:
-        raise UserError("MNE finds no layout for these channels; set a montage, or give .npz with positions.")
-    known = {
-        name.partition("-")[0].replace(" ", ""): place for name, place in zip(layout.names, layout.pos, strict=True)
-    }
-    found = [
-        (row, known.get(info["ch_names"][pick].partition("-")[0].replace(" ", ""))) for row, pick in enumerate(picks)
-    ]
-    places = [(row, place[:2]) for row, place in found if place is not None]
-    if not places:
-        raise UserError("MNE's layout names none of these channels; give .npz with positions.")
-    rows = [row for row, _ in places]
-    flat = torch.as_tensor(np.array([place for _, place in places]), dtype=torch.float32)
-    low, high = flat.amin(0), flat.amax(0)
-    positions[rows] = torch.where(high > low, (flat - low) / (high - low).clamp_min(1e-12), torch.full_like(flat, 0.5))
-    return positions
-
-
-def _read_fif(path: Path, start: float, stop: float) -> Recording:
-    mne = extra("mne", "brain")
-    try:
-        try:
-            return from_epochs(mne.read_epochs(path, preload=True, verbose="ERROR"))
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raw = mne.io.read_raw_fif(path, preload=True, verbose="ERROR")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # a foreign reader fails in many ways
-        raise UserError(f"{path} is no .fif of epochs or continuous data that MNE can read ({error}).") from error
-    try:
-        events = mne.find_events(raw, verbose="ERROR")
-        names = None
-    except ValueError:
-        events, names = mne.events_from_annotations(raw, verbose="ERROR")
-    if len(events):
-        epochs = mne.Epochs(
-            raw, events, names, start, stop, baseline=None, preload=True, verbose="ERROR", event_repeated="drop"
-        )
-        if len(epochs):
-            return from_epochs(epochs)
-    picks = _picks(raw.info)
-    signal = torch.tensor(raw.get_data(picks=np.array(picks)), dtype=torch.float32)[None]
-    times = torch.tensor(raw.times, dtype=torch.float32)
-    return Recording(_scaled(signal), times, sensor_positions(raw.info, picks), continuous=True)
 
 
 def _read_arrays(path: Path, kind: str) -> Recording:
@@ -227,9 +78,9 @@ def _read_arrays(path: Path, kind: str) -> Recording:
             f"{path}: times must be ({length},) and positions ({channels}, 2), got {tuple(times.shape)} and "
             f"{tuple(positions.shape)}."
         )
-    extras = {name: arrays[name] for name in _EXTRAS if name in arrays}
+    extras = {name: arrays[name] for name in EXTRAS if name in arrays}
     classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
-    columns, words = _columns(extras, count, str(path))
+    columns, words = read_columns(extras, count, str(path))
     if classes is not None and "label" in columns and "label" not in words:
         if not 0 <= int(columns["label"].min()) <= int(columns["label"].max()) < len(classes):
             raise UserError(f"{path}: classes has {len(classes)} names, which is too few for its labels.")
@@ -238,38 +89,7 @@ def _read_arrays(path: Path, kind: str) -> Recording:
     return Recording(signal, times, positions, columns, words.get("label", classes), words)
 
 
-def _columns(given: Mapping[str, Any], count: int, where: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    """Numbers as tensors, words as lists, each with an entry for every trial; and the words that became numbers."""
-    columns: dict[str, Any] = {}
-    words: dict[str, tuple[str, ...]] = {}
-    for name, values in given.items():
-        array = np.asarray(values)
-        if array.ndim == 0:
-            array = np.full(count, array)
-        if len(array) != count:
-            raise UserError(f"{where}: there are {count} trials, and {name} has {len(array)} entries.")
-        if array.dtype.kind in "US":
-            columns[name] = [str(word) for word in array]
-        elif array.dtype.kind == "O":
-            columns[name] = torch.as_tensor(np.stack([np.asarray(row, np.float32) for row in array]))
-        else:
-            columns[name] = torch.as_tensor(array)
-    for name in _NUMBERED:
-        if isinstance(columns.get(name), list):
-            words[name] = tuple(sorted(set(columns[name])))
-            place = {word: number for number, word in enumerate(words[name])}
-            columns[name] = torch.tensor([place[word] for word in columns[name]])
-        elif name in columns:
-            columns[name] = columns[name].long()
-    if unknown := set(columns.get("split", ())) - set(PARTS):
-        raise UserError(f"{where}: split says {sorted(map(str, unknown))[0]!r}; it may say {', '.join(PARTS)}.")
-    return columns, words
-
-
-def _scaled(signal: Tensor) -> Tensor:
-    """Tesla and volt as numbers near one: powers of ten that leave the ratios of channels alone."""
-    size = float(signal.abs().median())
-    return signal * 10.0 ** -round(np.log10(size)) if size > 0 else signal
+__all__ = ["MISSING", "SUFFIXES", "Recording", "Recordings", "from_epochs", "load", "read"]
 
 
 class Recordings(Memory):
@@ -321,7 +141,7 @@ def load(
         raise UserError(f"{name}: start and stop are seconds, rate samples a second; {told}.") from error
     if not window[0] < window[1] or not 0 <= hertz < float("inf"):
         raise UserError(f"{name}: start must lie before stop and rate be above 0, got {start}, {stop} and {rate}.")
-    found = [read(file, *window) for file in files]
+    found = [_with_images(file, read(file, *window), "image" in needs) for file in files]
     for file, recording in zip(files, found, strict=True):
         if recording.continuous:
             raise UserError(f"{file} is continuous and has no events to cut trials at; give epochs.")
@@ -363,10 +183,24 @@ def load(
     return Recordings(name, data, tuple(whole), first, people)
 
 
+def _with_images(file: str, recording: Recording, asked: bool) -> Recording:
+    """Paths of images as they stand, or beside the recording; what was asked for has to be there."""
+    paths = recording.columns.get("image")
+    if not isinstance(paths, list):
+        return recording
+    found = [path if os.path.exists(path) else str(Path(file).parent / path) for path in paths]
+    if asked:
+        for trial, path in enumerate(found):
+            if not os.path.exists(path):
+                told = f"its column image names {paths[trial]!r} for trial {trial}"
+                raise UserError(f"{file}: {told}, and there is no such file, nor beside it.")
+    return replace(recording, columns={**recording.columns, "image": found})
+
+
 def _together(name: str, found: Sequence[Recording]) -> tuple[list[Recording], tuple[str, ...] | None]:
     """Number the words of all recordings as one list, and name the subjects where they are words."""
     found, people = list(found), None
-    for column in _NUMBERED:
+    for column in NUMBERED:
         lists = [r.words.get(column) for r in found if column in r.columns]
         words = [each for each in lists if each is not None]
         if not words:

@@ -98,8 +98,11 @@ def peaks(course: Course, onset: float, offset: float) -> dict[str, float]:
     }
 
 
-def draw(course: Course, grown: Course | None, offset: float | None = 0.5) -> Figure:
-    """Sliding scores as lines over the centres of their windows, growing ones dotted over their ends."""
+def draw(course: Course, grown: Course | None, offset: float | None = None) -> Figure:
+    """Sliding scores as lines over the centres of their windows, growing ones dotted over their ends.
+
+    ``offset`` is when the stimulus ended, where that is known, seconds.
+    """
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
     centres = [(a + b) / 2 for a, b in course.spans]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.codec import Codec, UserError
 from isthmus.data import Memory, load
+from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import decode_image
 from isthmus.decoders.ridge import Ridge
 from isthmus.encoders.image_embedding import ImageEmbedding
@@ -129,7 +130,7 @@ def read(
         raise UserError(f"{source} has no trial for {split}.")
     batch = dataset.fetch(range(len(dataset)))
     count, channels, length = batch["signal"].shape
-    image = _pictures(batch["image"]) if "image" in batch else None
+    image = _pictures(source, batch["image"]) if "image" in batch else None
     if encoder:
         assert image is not None
         latent = ImageEmbedding(encoder, pretrained).embed(image.split(_PICTURES))
@@ -162,11 +163,16 @@ def read(
     )
 
 
-def _pictures(images: Any) -> Tensor:
+def _pictures(source: str, images: Any) -> Tensor:
     """Pictures as one tensor; paths are opened."""
     if isinstance(images, Tensor):
         return images
-    opened = [decode_image(Path(path)) for path in images]
+    opened = []
+    for path in images:
+        try:
+            opened.append(decode_image(Path(path)))
+        except (Unreadable, OSError) as error:
+            raise UserError(f"{source}: its column image names {path}, which cannot be read ({error}).") from error
     if len({picture.shape for picture in opened}) > 1:
         opened = [F.interpolate(p[None].float(), (224, 224), mode="bilinear", antialias=True)[0].byte() for p in opened]
     return torch.stack(opened)
