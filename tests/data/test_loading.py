@@ -1,7 +1,9 @@
 """A batch is a function of (seed, step): over restarts, devices and workers."""
 
 import itertools
+import os
 import pickle
+import signal
 import warnings
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from isthmus import data
 from isthmus.codec import UserError
-from isthmus.data import hashing
+from isthmus.data import Memory, hashing
 from isthmus.data.transforms import ColorJitter, Compose, Flip, Mixup, RandomCrop, RandomResizedCrop
 
 
@@ -168,3 +170,24 @@ def test_datasets_travel_to_workers_that_start_anew(source):
 
 def test_folders_travel_to_workers_that_start_anew(mixed):
     assert torch.equal(pickle.loads(pickle.dumps(mixed))[3]["image"], mixed[3]["image"])
+
+
+class _Fatal(Memory):
+    def read_many(self, indices):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fetch(self, indices, replace=True):
+        return self.read_many(indices)
+
+
+def test_a_process_that_dies_is_told_with_advice():
+    dataset = _Fatal("fatal", {"label": torch.arange(8)})
+    dataset.in_memory = False
+    with pytest.raises(UserError, match=r"one of 1 processes that prepare batches died.*fewer workers or smaller"):
+        next(data.batches(dataset, 4, seed=0, workers=1))
+
+
+def test_an_example_is_readable_whatever_stands_first():
+    dataset = Memory("m", {"label": torch.arange(8)}, bad={0: ("a.png", "is empty"), 1: ("b.png", "is empty")})
+    assert data.example_batch(dataset, [0])["label"].tolist() == [2]
+    assert data.example_batch(dataset, [0, 5, 1])["index"].tolist() == [2, 5, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from isthmus.codec import UserError
 from isthmus.data.builtin.series import read_csv
 from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.readers.headers import read_file as content
 from isthmus.data.readers.sounds import SOUND_SUFFIXES, at_least, decode_sound
 from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize
 from isthmus.recipes._image_classification import IMAGENET
@@ -68,7 +70,7 @@ def read_file(name: str, task: Any, shape: Sequence[int], path: Path) -> Tensor:
 
 def _read_array(path: Path) -> Tensor:
     try:
-        values = np.load(path, allow_pickle=False)
+        values = np.load(io.BytesIO(content(path)), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise Unreadable(f"it is no array of NumPy ({error})") from error
     if not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values) or not np.isfinite(values).all():

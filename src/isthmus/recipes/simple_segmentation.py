@@ -269,9 +269,10 @@ def _class_names(config: Config, run: Run) -> list[str]:
     """
     if config.classes:
         return [str(number) for number in range(max(2, config.classes))]
-    named: Sequence[str] | None = getattr(load(config.data, "train", ("mask",), run.seed), "object_classes", None)
-    if named is not None:
-        return ["ground", *named]
+    source = load(config.data, "train", ("mask",), run.seed)
+    named = list(source.mask_classes or ())
+    if hasattr(source, "object_classes"):  # drawn: there are no others
+        return named
     largest = 0
     for split, count in (("train", config.images), ("test", config.test_images)):
         dataset = _dataset(config, split, count, run.seed, ("mask",))
@@ -281,4 +282,4 @@ def _class_names(config: Config, run: Run) -> list[str]:
                 largest = max(largest, int(known.max()) if known.numel() else 0)
     if largest == 255:
         run.log("The masks hold 255, which often means that nothing is known there; --ignore 255 leaves it out.")
-    return [str(number) for number in range(largest + 1)]
+    return named + [str(number) for number in range(len(named), largest + 1)]

@@ -398,5 +398,8 @@ def _number(text: str) -> Tensor:
 def _dataset(config: Config, split: str, count: int, seed: int) -> Dataset:
     dataset = load(config.data, split, needs, seed)
     if not {"labels", "caption", "label"} & set(dataset.columns):
-        raise UserError(f"{config.data} says of no picture what number is on it; it has no labels, caption or label.")
+        raise UserError(
+            f"{config.data} says of no picture what number is on it; it has no labels, caption or label. Numbers "
+            "in the names of files are taken by folder:PATH?number=name; docs/data.md shows all ways."
+        )
     return shared.subset(dataset, count, 0) if count and count < len(dataset) else dataset

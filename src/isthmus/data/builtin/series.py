@@ -8,6 +8,7 @@ Without a file there are seven drawn series of hours: days, weeks, slow drifts, 
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 
 from isthmus.codec import UserError
 from isthmus.data import exact
-from isthmus.data.dataset import Dataset, pick_needs
+from isthmus.data.dataset import Dataset, Unreadable, pick_needs
 from isthmus.data.hashing import normal, unit, words
+from isthmus.data.readers.headers import read_file
 from isthmus.data.splits import check_split, spaced
 from isthmus.layers.random import derive_seed
 
@@ -64,9 +66,9 @@ def read_csv(path: Path) -> tuple[np.ndarray, list[str]]:
         UserError: there is no such file, no numeric column, or a cell that is no number.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError) as error:
+        text = io.StringIO(read_file(path).decode("utf-8-sig"), newline="")
+        rows = [row for row in csv.reader(text) if row]
+    except (Unreadable, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a table of text ({error}).") from error
     if len(rows) < 2:
         raise UserError(f"{path} has {len(rows)} rows; a heading and one row a time step are needed.")

@@ -8,6 +8,7 @@ column ``split`` says the part, or the folders of the files do, or the folder of
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,16 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 
 from isthmus.codec import UserError
 from isthmus.data.cache import keep_small
-from isthmus.data.dataset import Dataset, pick_needs
+from isthmus.data.dataset import Dataset, Unreadable, pick_needs
 from isthmus.data.hashing import fraction
 from isthmus.data.readers import layout
 from isthmus.data.readers.columns import Columns
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES
+from isthmus.data.readers.headers import read_file
 from isthmus.data.readers.palettes import meaning
 from isthmus.data.readers.sounds import SOUND_SUFFIXES
 from isthmus.data.readers.tables import Table, arrow, learn, quiet
@@ -88,16 +91,21 @@ def _rows(name: str, root: Path, table: str) -> list[dict[str, Any]]:
     """The rows of one table, with ``file_name`` and other files relative to ``root``."""
     path, below = root / table, table.rpartition("/")[0]
     try:
-        if table.endswith(".parquet"):
-            import pyarrow.parquet as pq
-
-            rows = pq.read_table(path).to_pylist()
-        elif table.endswith(".jsonl"):
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        data = read_file(path)
+        if table.lower().endswith(".parquet"):
+            rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        elif table.lower().endswith(".jsonl"):
+            rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
         else:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = _typed(list(csv.DictReader(file, delimiter="\t" if table.endswith(".tsv") else ",")))
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors or OSErrors
+            text = io.StringIO(data.decode("utf-8-sig"), newline="")
+            rows = _typed(list(csv.DictReader(text, delimiter="\t" if table.lower().endswith(".tsv") else ",")))
+    except (
+        Unreadable,
+        OSError,
+        ValueError,
+        RecursionError,
+        csv.Error,
+    ) as error:
         raise UserError(f"{name}: {table} cannot be read ({' '.join(str(error).split())[:160]}).") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f'{name}: every line of {table} is an object, such as {{"file_name": "a.png"}}.')
