@@ -253,12 +253,11 @@ def _pictures(runs: list[_Run]) -> str:
 def _picture(run: _Run, figure: dict[str, Any], label: str) -> str:
     caption = escape(" · ".join(text for text in (label, figure["caption"] or figure["name"]) if text))
     path = run.folder / figure["file"]
-    try:
-        data = path.read_bytes()
-        width, height = struct.unpack(">II", data[16:24])  # a PNG's header
-    except (OSError, struct.error):
-        gone = f'<p class="soft">The picture {escape(str(path))} is missing.</p>'
+    data = _png_inside(run.folder, path)
+    if isinstance(data, str):
+        gone = f'<p class="soft">The picture {escape(str(path))} {data}.</p>'
         return f"<figure>{gone}<figcaption>{caption}</figcaption></figure>"
+    width, height = struct.unpack(">II", data[16:24])  # a PNG's header
     zoom = max(1, SMALL // width)
     kind = ' class="small"' if zoom > 1 else ""
     source = base64.b64encode(data).decode()
@@ -267,6 +266,20 @@ def _picture(run: _Run, figure: dict[str, Any], label: str) -> str:
         f'height="{height * zoom}" style="--own:{width * zoom}px" alt="{caption}"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _png_inside(folder: Path, path: Path) -> bytes | str:
+    """A picture in the folder of a run, or why there is none; nothing else of the machine gets on a page."""
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return "is outside of the run and was left out"
+        data = path.read_bytes() if path.is_file() else b""
+    except (OSError, ValueError, RuntimeError):  # no file name, or links in a circle
+        data = b""
+    if not data:
+        return "is missing"
+    whole = data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24 and data[16:20] != bytes(4)
+    return data if whole else "is no PNG"
 
 
 def _notes(runs: list[_Run]) -> str:

@@ -21,6 +21,7 @@ Further keys may be added within version 1; none is taken away or changes its me
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -31,9 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.catalog import Claim
+from isthmus.errors import UserError
 from isthmus.report.environment import code, environment
 from isthmus.report.judge import finite, judge
 from isthmus.report.png import png
+from isthmus.report.shape import fault
 
 FILE = "report.json"
 FORMAT, VERSION = "isthmus-report", 1
@@ -99,8 +102,9 @@ class Record:
             "curves": {},
         }
         if resume and (self.folder / FILE).is_file():
-            earlier = read(self.folder)
-            self.data["started"], self._before = earlier["started"], earlier["seconds"]
+            with contextlib.suppress(UserError):  # checkpoints go on without it
+                earlier = read(self.folder)
+                self.data["started"], self._before = earlier["started"], earlier["seconds"]
         self._judge()
         self.save()
 
@@ -179,20 +183,22 @@ def read(folder: Path) -> dict[str, Any]:
     """The record of a run, given by its folder or by its ``report.json``.
 
     Raises:
-        ValueError: there is no record, or it is not one of ours.
+        UserError: there is no record, it is not one of ours, or a part of it is missing or damaged.
     """
     path = Path(folder)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {FILE}; give the folder of a run.")
+        raise UserError(f"{folder} holds no {FILE}; give the folder of a run.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}).") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}).") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by a run of isthmus.")
+        raise UserError(f"{path} was not written by a run of isthmus.")
     if found.get("version") != VERSION:
-        raise ValueError(f"{path} has version {found.get('version')}; this isthmus reads version {VERSION}.")
+        raise UserError(f"{path} has version {found.get('version')}; this isthmus reads version {VERSION}.")
+    if (wrong := fault(found)) is not None:
+        raise UserError(f"{path} is damaged: {wrong}.")
     return found
 
 
