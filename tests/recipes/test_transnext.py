@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torchvision.transforms.v2.functional import to_pil_image
 
-import isthmus.encoders  # noqa: F401 - registers the sizes with timm
+import isthmus
+import isthmus.encoders
 from isthmus.codec import UserError
-from isthmus.data import load
 from isthmus.encoders.images.aggregated_attention import AggregatedAttention, CosineAttention
+from isthmus.encoders.images.attention_halves import PooledAttention, WindowAttention, fix_scale
+from isthmus.encoders.images.transnext import TransNeXt
 from isthmus.engine import Run, Training
-from isthmus.recipes import _image_classification as shared
 from isthmus.recipes import transnext
-from isthmus.recipes.transnext import Config, PooledAttention, WindowAttention
+from isthmus.recipes.transnext import Config
+from isthmus.tasks.classification import DEIT
 
 FEW = Training(steps=2, batch_size=16, lr=2e-3)
 
@@ -38,7 +39,7 @@ def test_everything_that_the_claims_are_about_is_measured(trained: tuple[Path, d
     fixed = metrics["accuracy_fixed_scale_32"] - metrics["accuracy_fixed_scale_48"]
     assert metrics["loss_saved_48"] == pytest.approx(fixed - metrics["accuracy_32"] + metrics["accuracy_48"])
     assert (metrics["covered_share"], metrics["window_cells"], metrics["sharpest_in_window"]) == (1, 9, 1)
-    assert {"sizes", "heard", "confusion", "examples"} <= {figure["name"] for figure in trained[1]["figures"]}
+    assert {"sizes", "sensitivity", "confusion", "examples"} <= {figure["name"] for figure in trained[1]["figures"]}
 
 
 def test_networks_that_are_compared_have_the_same_number_of_parameters(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -47,24 +48,10 @@ def test_networks_that_are_compared_have_the_same_number_of_parameters(trained: 
     assert max(counts) <= 1.001 * min(counts)
 
 
-def test_apply_tells_what_is_on_pictures_of_any_size(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    image = load("scenes?space=easy", "test", size=50)[0]["image"]
-    to_pil_image(image).save(tmp_path / "scene.png")
-    (tmp_path / "note.txt").write_text("no picture")
-    inputs = [tmp_path / "scene.png", tmp_path / "note.txt"]
-    written = transnext.apply(trained[0], inputs, tmp_path / "out")
-    assert all(path.exists() for path in written)
-    told = json.loads((tmp_path / "out" / "classes.json").read_text())
-    assert sum(told[str(inputs[0])]["probability"].values()) <= 1.001
-    assert "skipped" in told[str(inputs[1])]
-    with pytest.raises(UserError, match="none of the inputs is an image"):
-        transnext.apply(trained[0], inputs[1:], tmp_path / "out")
-
-
 def test_fixed_scale_is_that_of_training_at_every_size() -> None:
     free, fixed = (transnext._network(Config(), 8).eval() for _ in range(2))
     fixed.load_state_dict(free.state_dict())
-    transnext.fix_scale(fixed, 32)
+    fix_scale(fixed, 32)
     counts = [m.fixed_count for m in fixed.modules() if isinstance(m, CosineAttention)]
     assert counts == [9 + 16, 9 + 16, 16, 16]
     grids = free.grids(96, 96)
@@ -80,7 +67,7 @@ def test_halves_see_what_their_names_say(kind: type[AggregatedAttention]) -> Non
     layer, grid = kind(24, 1), transnext._network(Config(), 8).grids(32, 32)[0]
     for parameter in layer.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    seen = transnext.heard(layer, torch.randn(2, 16, 16, 24), grid) > 0
+    seen = transnext.sensitivity(layer, torch.randn(2, 16, 16, 24), grid) > 0
     assert int(seen.sum()) == (9 if kind is WindowAttention else 256)
     assert seen[7:10, 7:10].all()
 
@@ -91,7 +78,7 @@ def test_published_setting_takes_a_step(tmp_path: Path) -> None:
     assert paper.training.lr * paper.training.warmup_from == pytest.approx(1e-6)
     assert paper.training.lr * paper.training.final_lr_ratio == pytest.approx(1e-5)
     assert paper.eval_split == "val", "ImageNet's test labels are not public"
-    assert paper.augmentation == shared.DEIT
+    assert paper.augmentation == DEIT
     config = dataclasses.replace(paper, data="scenes?space=easy", size=64, sizes=(), encoder="transnext_micro")
     config = dataclasses.replace(config, images=8, test_images=8, training=dataclasses.replace(FEW, batch_size=8))
     with Run.quick(tmp_path, name="transnext", config=config, max_steps=1) as run:
@@ -99,5 +86,13 @@ def test_published_setting_takes_a_step(tmp_path: Path) -> None:
     metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
     assert "accuracy_64" in metrics
     assert "gain_over_parts" not in metrics
-    with pytest.raises(UserError, match="'resnet18' is no TransNeXt"):
-        transnext._network(Config(encoder="resnet18"), 8)
+    assert isinstance(isthmus.load(run.dir).model, TransNeXt)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"encoder": "resnet18"}, "'resnet18' is no TransNeXt"), ({"pooling": (4, 2)}, "pooling|sr_ratios")],
+)
+def test_networks_that_cannot_be_built_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        transnext.check(Config(**changes))

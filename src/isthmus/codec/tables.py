@@ -40,6 +40,7 @@ _PARTS = {
     "isthmus.encoders.images.maxout_cnn": ("MaxoutCNN",),
     "isthmus.encoders.images.pixels": ("Pixels",),
     "isthmus.encoders.images.qlae": ("DenseEncoder", "QLAEEncoder"),
+    "isthmus.encoders.images.transnext": ("TransNeXt",),
     "isthmus.encoders.signals.meg_conv": ("MEGConv",),
     "isthmus.encoders.signals.metamixer_forecaster": ("SeriesEncoder",),
     "isthmus.encoders.signals.sensor_attention": ("SpatialAttention",),

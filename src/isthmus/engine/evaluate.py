@@ -13,8 +13,8 @@ from isthmus.data.transforms import Transform
 from isthmus.engine.run import Run
 
 BATCH = 256
-#: Batches that a try-out looks at.
-FEW = 1
+#: Samples that a try-out measures on, at most.
+FEW = 64
 
 
 class Metric(Protocol):
@@ -44,7 +44,7 @@ def evaluate(
     """Measure a model on a source, every sample once.
 
     Args:
-        run: whose devices, processes and precision are used; a try-out looks at one batch.
+        run: whose devices, processes and precision are used; a try-out looks at the first samples.
         model: moved to the device and set to evaluation mode.
         dataset: each process measures its share.
         metrics: by name, a torchmetrics metric (``update(predicted, batch[target])``, shared among processes by
@@ -86,9 +86,9 @@ def evaluate(
 def shared_batches(
     run: Run, dataset: Dataset, batch_size: int = BATCH, transform: Transform | None = None
 ) -> Iterator[dict[str, Any]]:
-    """This process's share of a source in batches, in order, on its device; of a try-out only the first batch."""
+    """This process's share of a source in batches, in order, on its device; of a try-out only the first samples."""
     if run.few:
-        dataset = dataset.select(range(min(FEW * batch_size * run.world, len(dataset))))
+        dataset = dataset.first(min(FEW, batch_size) * run.world)
     for batch in evaluation_batches(dataset, batch_size, transform=transform, rank=run.rank, world=run.world):
         yield run.fabric.to_device(batch)
 

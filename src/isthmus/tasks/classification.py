@@ -64,7 +64,7 @@ class ClassificationConfig:
     """Part of the data to measure on."""
 
 
-def open(config: ClassificationConfig, run: Run, inputs: Inputs | None = None) -> ClassificationTask:
+def open(config: ClassificationConfig, run: Run, inputs: Inputs | None = None, images: int = 0) -> ClassificationTask:
     """Load the data of a run, find out its classes, and refuse what cannot be trained.
 
     Args:
@@ -72,11 +72,12 @@ def open(config: ClassificationConfig, run: Run, inputs: Inputs | None = None) -
             and interpolation are used.
         run: its seed draws the samples.
         inputs: what the networks are fed, where it is not that.
+        images: how many of the images to train on; 0 is all.
 
     Raises:
         UserError: no labels, one class, fewer images than a batch, a part of the data that is empty.
     """
-    source = load(config.data, config.train_split, NEEDS, run.seed)
+    source = load(config.data, config.train_split, NEEDS, run.seed).first(images)
     held_out = load(config.data, config.eval_split, NEEDS, run.seed).first(config.test_images)
     return ClassificationTask(config, run, source, held_out, inputs or inputs_of(config))
 

@@ -25,6 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from isthmus.codec import part
 from isthmus.codec.published import Published
 from isthmus.encoders.images.aggregated_attention import AggregatedAttention, Grid, Pair, PlainAttention
 from isthmus.encoders.images.pyramid import Pyramid, check_settings, imagenet_cfg
@@ -109,6 +110,7 @@ class TransNeXtStage(nn.Module):
         return self.norm(x).permute(0, 3, 1, 2)
 
 
+@part
 class TransNeXt(Pyramid):
     """The network, with timm's interface.
 
@@ -250,7 +252,7 @@ class TransNeXt(Pyramid):
     def no_weight_decay(self) -> set[str]:
         """timm's: parameters that are not shrunk, beside those of one dimension."""
         free = ("query_embedding", "local_bias", ".cpb.", "temperature")
-        return {name for name, _ in self.named_parameters() if any(part in name for part in free)}
+        return {name for name, _ in self.named_parameters() if any(word in name for word in free)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's: parameter names → depth, for layer-wise learning rates."""
