@@ -14,15 +14,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from isthmus.codec import UserError
+from isthmus.codec import UserError, create_timm
 from isthmus.codec.published import convert
 from isthmus.data import Memory
+from isthmus.data.transforms.turned import Turned
 from isthmus.decoders.probes import NonLinearProbe
 from isthmus.encoders.images.alexnet import AlexNet
 from isthmus.encoders.images.nin import NetworkInNetwork
 from isthmus.engine import Run, Training
 from isthmus.recipes import rotnet
-from isthmus.recipes.rotnet import Config, Turned
+from isthmus.recipes.rotnet import Config
+from isthmus.tasks import applying, pretraining
 
 FEW = Training(steps=4, batch_size=16, optimizer="sgd", lr=0.05)
 
@@ -65,8 +67,8 @@ def test_learns_the_upright_orientation_and_nothing_from_turned_images(trained: 
 
 def test_timm_loads_the_encoder(trained: tuple[Path, dict]) -> None:
     folder, _ = trained
-    network = timm.create_model("nin_cifar_tiny", checkpoint_path=str(folder / rotnet.ENCODER))
-    saved = load_file(folder / rotnet.ENCODER)
+    network = timm.create_model("nin_cifar_tiny", checkpoint_path=str(folder / pretraining.ENCODER))
+    saved = load_file(folder / pretraining.ENCODER)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in network.state_dict().items())
 
 
@@ -82,24 +84,15 @@ def test_apply_turns_photographs_upright(trained: tuple[Path, dict], tmp_path: P
     ):
         inputs.append(tmp_path / f"{degrees}.png")
         (upright if turn is None else upright.transpose(turn)).save(inputs[-1])
-    (tmp_path / "note.txt").write_text("no picture")
-    written = rotnet.apply(folder, [*inputs, tmp_path / "note.txt"], tmp_path / "out")
+    written = applying.apply(folder, inputs, tmp_path / "out", rotnet.answer)
     assert all(path.exists() for path in written)
-    told = json.loads((tmp_path / "out" / "orientation.json").read_text())
+    found = json.loads((tmp_path / "out" / "answers.json").read_text())
     for degrees, path in zip((0, 90, 180, 270), inputs, strict=True):
-        entry = told[str(path)]
+        entry = found[str(path)]
         assert entry["rotated_by"] == degrees
         assert sum(entry["probability"].values()) == pytest.approx(1, abs=1e-3)
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / entry["upright"])), np.asarray(upright))
-    assert "skipped" in told[str(tmp_path / "note.txt")]
-    with pytest.raises(UserError, match="none of the inputs is an image"):
-        rotnet.apply(folder, [tmp_path / "note.txt"], tmp_path / "out")
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    (cut / "config.json").write_bytes((folder / "config.json").read_bytes())
-    (cut / rotnet.ENCODER).write_bytes((folder / rotnet.ENCODER).read_bytes()[:1000])
-    with pytest.raises(UserError, match="no readable encoder"):
-        rotnet.apply(cut, inputs, tmp_path / "out")
+        turned = Image.open(tmp_path / "out" / f"{degrees}-upright.png")
+        assert np.array_equal(np.asarray(turned), np.asarray(upright))
 
 
 def test_few_pictures_without_labels_and_a_moving_average(tmp_path: Path) -> None:
@@ -109,7 +102,7 @@ def test_few_pictures_without_labels_and_a_moving_average(tmp_path: Path) -> Non
     run_dir, report = _run(tmp_path, config)
     assert "rotation_accuracy" in report["metrics"]
     averaged = torch.load(run_dir / "checkpoints" / "pretrain.result.pt", weights_only=True)["ema"]
-    saved = load_file(run_dir / rotnet.ENCODER)
+    saved = load_file(run_dir / pretraining.ENCODER)
     assert all(torch.equal(averaged[f"encoder.{name}"], tensor) for name, tensor in saved.items())
 
 
@@ -121,7 +114,7 @@ def test_size_is_that_of_the_images_up_to_what_the_network_was_made_for(tmp_path
         ((500, 600), "nin_cifar_tiny", 32),
     ):
         dataset = Memory("images", {"image": torch.zeros(1, 3, *images, dtype=torch.uint8)})
-        assert rotnet._natural_size(dataset, timm.create_model(network)) == size
+        assert pretraining.natural_size(dataset, timm.create_model(network)) == size
 
 
 def test_probe_of_kept_features_is_measured_beside_the_untrained_network(tmp_path: Path) -> None:
@@ -172,7 +165,7 @@ def test_takes_any_timm_network_and_other_rotations(
     tmp_path: Path, encoder: str, rotations: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if encoder == "rotnet_alexnet":  # its 57 million weights say no more than these
-        monkeypatch.setattr(rotnet, "create_timm", lambda name, **kw: timm.create_model(name, widths=(4,) * 6, **kw))
+        monkeypatch.setattr(rotnet, "create_timm", lambda name, **kw: create_timm(name, widths=(4,) * 6, **kw))
     size = 64 if encoder == "rotnet_alexnet" else 32
     config = Config(
         data=f"random:{size}?count=64",
@@ -187,18 +180,20 @@ def test_takes_any_timm_network_and_other_rotations(
     assert 0 <= report["metrics"]["rotation_accuracy"]["value"] <= 1
     picture = tmp_path / "one.png"
     Image.fromarray(np.zeros((40, 48, 3), np.uint8)).save(picture)
-    assert len(rotnet.apply(folder, [picture], tmp_path / "out")) == 2
+    assert len(applying.apply(folder, [picture], tmp_path / "out", rotnet.answer)) == 2
 
 
 def test_probes_read_alexnet_by_its_own_end_and_by_pooled_maxima(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rotnet, "create_timm", lambda name, **kw: timm.create_model(name, widths=(4,) * 6, **kw))
+    monkeypatch.setattr(rotnet, "create_timm", lambda name, **kw: create_timm(name, widths=(4,) * 6, **kw))
     probe = dataclasses.replace(FEW, batch_size=20)
-    config = Config("digits:64", "rotnet_alexnet", size=64, pretrain=FEW, probe=probe, control=False, labels=(2,))
+    config = Config(
+        "digits:64", encoder="rotnet_alexnet", size=64, pretrain=FEW, probe=probe, control=False, labels=(2,)
+    )
     for change in ({"head": "alexnet", "layer": 3}, {"head": "alexnet", "layer": 4}, {"pool": "max", "grid": 3}):
         name = "-".join(map(str, change.values()))
-        folder, report = _run(tmp_path / name, dataclasses.replace(config, eval_split="val", **change), max_steps=1)
+        folder, report = _run(tmp_path / name, dataclasses.replace(config, **change), max_steps=1)
         assert "gain_2_per_class" in report["metrics"]
         state = torch.load(folder / "checkpoints" / "probe_2_per_class.result.pt", weights_only=True)["model"]
         assert ("head.conv.conv.weight" in state) == (change.get("layer") == 3)
@@ -217,6 +212,26 @@ def test_turned_images_keep_their_turn_whatever_the_batch() -> None:
     assert min(shares) > 0.15
     other = Turned(8, (0, 90, 180, 270))(batch, torch.Generator())["image"]
     assert not torch.equal(other, turned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"size": -3}, "--size -3"),
+        ({"labels": (20, -3)}, "--labels 20 -3"),
+        ({"rotations": (0, 360)}, "two different angles"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        rotnet.check(dataclasses.replace(Config(), **changes))
+
+
+def test_a_probe_that_cannot_be_trained_is_refused_before_pretraining(tmp_path: Path) -> None:
+    config = Config(data="digits:16", pretrain=FEW, control=False, labels=(5,))
+    with pytest.raises(UserError, match=r"--probe: the source has 50 samples, fewer than one batch of 100"):
+        _run(tmp_path, config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_published_schedule() -> None:

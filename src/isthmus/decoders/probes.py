@@ -215,6 +215,28 @@ class AttentiveProbe(nn.Module):
         return self.fc(self.norm(self.proj(seen).squeeze(1)))
 
 
+def rotnet_head(
+    kind: str, level: Tensor, classes: int, grid: int = 4, average: bool = False, conv: bool = False
+) -> nn.Module:
+    """One of RotNet's heads for a level ``(B, C, H, W)``.
+
+    Args:
+        kind: linear, nonlinear, conv or alexnet.
+        level: features of at least one image.
+        classes: number of logits.
+        grid, average: of the linear one, see :class:`PooledProbe`.
+        conv: of AlexNet's, see :class:`AlexNetProbe`.
+    """
+    channels = level.shape[1]
+    if kind == "conv":
+        return ConvProbe(channels, classes)
+    if kind == "nonlinear":
+        return NonLinearProbe(level[0].numel(), classes)
+    if kind == "alexnet":
+        return AlexNetProbe(channels, classes, side=level.shape[-1], conv=conv)
+    return PooledProbe(channels, classes, grid, average=average)
+
+
 def _linear_unit(values: int, width: int) -> tuple[nn.Module, ...]:
     return nn.Linear(values, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)
 

@@ -1,13 +1,15 @@
-"""What frozen features are good for: probes trained on labels, and accuracy on held-out images."""
+"""What frozen features are good for: probes trained on labels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from isthmus.codec import UserError
 from isthmus.data import Dataset, Memory, evaluation_batches, example_batch
 from isthmus.data.transforms import Transform
 from isthmus.engine.fit import fit
@@ -74,15 +76,26 @@ def probe(
     return Classification(encoder, head, frozen=True)
 
 
-@torch.no_grad()
-def accuracy(run: Run, classifier: Classification, dataset: Dataset, transform: Transform) -> float:
-    """Share of images whose label gets the highest score."""
-    right = total = 0
-    classifier.to(run.fabric.device).eval()
-    for batch in evaluation_batches(dataset, _BATCH, transform=transform):
-        told = classifier.logits(run.fabric.to_device(batch["image"])).argmax(1).cpu()
-        right, total = right + int((told == batch["label"]).sum()), total + len(told)
-    return right / total
+def level_index(network: nn.Module, asked: int | None = None) -> int:
+    """Which level of a timm network is probed, counted from 0.
+
+    Args:
+        network: a timm model.
+        asked: counted from either end; without it ``conv2`` where there is one, else the last but one.
+
+    Raises:
+        UserError: the network does not hand out its levels, or has no such level.
+    """
+    info: Any = getattr(network, "feature_info", None)
+    levels = list(info.info if hasattr(info, "info") else info or [])
+    name = type(network).__name__
+    if not levels or not hasattr(network, "forward_intermediates"):
+        raise UserError(f"{name} does not hand out its middle layers; choose another timm network.")
+    usual = next((i for i, level in enumerate(levels) if level.get("stage") == "conv2"), max(0, len(levels) - 2))
+    index = usual if asked is None else asked
+    if not -len(levels) <= index < len(levels):
+        raise UserError(f"{name} has {len(levels)} levels; --layer is from 0 to {len(levels) - 1}.")
+    return index % len(levels)
 
 
 def first_per_class(labels: np.ndarray, number: int) -> np.ndarray:
