@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from isthmus.codec import UserError
-from isthmus.data import load
+from isthmus.codec import UserError, load_weights
+from isthmus.data import Memory, evaluation_batches, load
 from isthmus.engine import Run, Training
 from isthmus.recipes import crop_selection
 from isthmus.recipes.crop_selection import Config, PatchNet
+from isthmus.robustness.shifts import EIGHT, view
 
 SMALL = {"view": 30, "crop": 16, "middle_crop": 20, "wide_crop": 24, "data": "textures:32", "test_images": 24}
 
@@ -55,6 +56,26 @@ def test_apply_says_where_the_crop_is(trained_run: tuple[Path, dict[str, Any]], 
     with pytest.raises(UserError, match="none of the inputs"):
         crop_selection.apply(trained_run[0], files[1:], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_photograph_is_seen_as_the_run_sees_it(trained_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    pixels = torch.nn.functional.interpolate(load("textures:64", "test")[5]["image"][None].float(), (96, 160)).byte()
+    Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+    entry = json.loads(crop_selection.apply(trained_run[0], [tmp_path / "photo.png"], tmp_path / "out")[0].read_text())
+    told = entry[str(tmp_path / "photo.png")]
+    config = Config(**SMALL)
+    data = Memory("photo", {"image": pixels})
+    prepared = next(evaluation_batches(data, 1, transform=crop_selection._source(config)))["image"]
+    assert prepared.shape == (1, 3, 32, 32)
+    network = PatchNet(8)
+    load_weights(network, trained_run[0] / "network.safetensors")
+    robust = crop_selection._selecting(config, network.eval(), 16)
+    with torch.no_grad():
+        answers = [robust(view(prepared, 30, shift))[0] for shift in ((0, 0), *EIGHT)]
+    assert told["probability"] == pytest.approx(float(answers[0].softmax(0).max()), abs=1e-4)
+    assert told["stable"] == (len({int(answer.argmax()) for answer in answers}) == 1)
+    top, left = robust.select(view(prepared, 30)).offset[0].tolist()
+    assert told["crop"] == {"top": 3 * (top + 1), "left": 32 + 3 * (left + 1), "size": 48}, "in pixels of the picture"
 
 
 def test_takes_a_persons_own_network(tmp_path: Path) -> None:

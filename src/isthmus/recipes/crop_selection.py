@@ -13,7 +13,7 @@ theory. ``--encoder NAME --checkpoint FILE`` tries a network that a person has, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from timm.layers import BlurPool2d
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, create_timm, load_weights
-from isthmus.data import Dataset, evaluation_batches, load
+from isthmus.data import Dataset, Memory, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.transforms import CenterCrop, Compose, RandomCrop, Resize
@@ -150,9 +150,9 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
 
     Args:
         run_dir: a finished run.
-        inputs: image files of any size from the crop's upwards.
-        out: gets ``classes.json`` (class, probability, where the crop is, answers of the eight neighbouring views) and
-            ``NAME-crop.png``, the picture with its crop.
+        inputs: image files of any size from the crop's upwards; they are resized and cut as in the run.
+        out: gets ``classes.json`` (class, probability, where the crop is in pixels of the picture, answers of the
+            neighbouring views one pixel off, as the run sees them) and ``NAME-crop.png``, the picture with its crop.
 
     Raises:
         UserError: the run is incomplete, or no input is an image that is large enough.
@@ -178,11 +178,13 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
         if min(image.shape[2:]) < config.crop + 2:
             found[str(source)] = {"skipped": f"smaller than the crop of {config.crop} pixels and a pixel around it"}
             continue
-        inner = (image.shape[2] - 2, image.shape[3] - 2)
+        prepared = next(evaluation_batches(Memory("picture", {"image": image}), 1, transform=_source(config)))["image"]
+        views = torch.cat([view(prepared, config.view, shift) for shift in ((0, 0), *EIGHT)])
         with torch.no_grad():
-            chosen = robust.select(image)
-            probability = robust(image)[0].softmax(0)
-            told = [robust(view(image, inner, shift)).argmax(1).item() for shift in ((0, 0), *EIGHT)]
+            offset = robust.select(views[:1]).offset[0]
+            logits = robust(views)
+        probability, told = logits[0].softmax(0), logits.argmax(1).tolist()
+        place = _in_picture(config, image.shape[2:], offset)
         best = int(probability.argmax())
         target = out / f"{source.stem}-crop.png"
         if any(target == other for other, _ in drawn):
@@ -190,12 +192,12 @@ def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
         found[str(source)] = {
             "class": classes[best],
             "probability": round(float(probability[best]), 4),
-            "crop": {"top": int(chosen.offset[0, 0]), "left": int(chosen.offset[0, 1]), "size": config.crop},
+            "crop": dict(zip(("top", "left", "size"), map(round, place), strict=True)),
             "answers_one_pixel_off": sorted({classes[number] for number in told}),
             "stable": len(set(told)) == 1,
             "picture": target.name,
         }
-        drawn.append((target, _boxed(image[0], chosen.offset[0], config.crop, classes[best])))
+        drawn.append((target, _boxed(image[0], place, classes[best])))
     if not drawn:
         told_all = "; ".join(f"{name}: {entry['skipped']}" for name, entry in found.items())
         raise UserError(f"none of the inputs can be used ({told_all}); known are {', '.join(IMAGE_SUFFIXES)}.")
@@ -373,13 +375,20 @@ def _dataset(config: Config, split: str, count: int, seed: int) -> Dataset:
     return shared.subset(dataset, count, 0) if count and count < len(dataset) else dataset
 
 
-def _boxed(image: Tensor, offset: Tensor, crop: int, told: str) -> Figure:
+def _in_picture(config: Config, size: Sequence[int], offset: Tensor) -> tuple[float, float, float]:
+    """Top, left and side of a crop of the view, in pixels of a picture of this size that was resized and cut for it."""
+    scale = min(size) / (config.view + 2)
+    top, left = ((side / scale - config.view - 2) / 2 + 1 + float(at) for side, at in zip(size, offset, strict=True))
+    return top * scale, left * scale, config.crop * scale
+
+
+def _boxed(image: Tensor, place: tuple[float, float, float], told: str) -> Figure:
     height, width = image.shape[1:]
     figure = Figure(figsize=(4 * width / max(height, width) + 0.2, 4 * height / max(height, width) + 0.5), dpi=100)
     axis = figure.subplots()
     axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    place = (float(offset[1]) - 0.5, float(offset[0]) - 0.5)
-    axis.add_patch(Rectangle(place, crop, crop, fill=False, color="tab:red", lw=2))
+    top, left, side = place
+    axis.add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False, color="tab:red", lw=2))
     axis.set_title(told, fontsize=11)
     axis.axis("off")
     return figure
