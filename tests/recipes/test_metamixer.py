@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from isthmus.codec import UserError
-from isthmus.data import load
-from isthmus.encoders.images.metamixer import MixerNet
 from isthmus.engine import Run, Training
 from isthmus.recipes import metamixer
-from isthmus.recipes.metamixer import Config, mixer
-
-NAMES = ("ffnified", "attention", "pooling", "depthwise", "identity", "hybrid")
+from isthmus.recipes.metamixer import Config
+from isthmus.tasks import applying
 
 
 @pytest.fixture(scope="module")
@@ -59,62 +55,24 @@ def test_networks_differ_in_their_mixer(trained: tuple[Path, dict[str, Any]]) ->
     }
 
 
-def test_apply_classifies_pictures_with_the_first_network(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    test = load("digits:16", "test", ("image", "label"))
-    paths, labels = [], []
-    for i in range(12):
-        sample = test[i]
-        paths.append(tmp_path / f"{i}.png")
-        labels.append(str(int(sample["label"])))
-        Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(paths[-1])
-    written = metamixer.apply(trained[0], paths, tmp_path / "out")
-    told = json.loads(written[0].read_text())
-    assert len(written) == 13
-    assert sum(told[str(p)]["class"] == label for p, label in zip(paths, labels, strict=True)) >= 5, "chance is 1"
-
-
-def test_apply_tells_what_follows_in_a_table(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_apply_classifies_pictures_and_forecasts_tables(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """The columns may stand in any order among others, in any unit."""
     names = [f"series {i}" for i in range(7)]
     rows = [[str(hour), *(f"{1000 + i + hour % 24}" for i in range(7))] for hour in range(30)]
-    table = tmp_path / "load.csv"
-    table.write_text("\n".join(",".join(row) for row in [["hour", *names], *rows]))
-    written = metamixer.apply(trained[0], [table], tmp_path / "out")
-    assert [path.name for path in written] == ["load-forecast.csv", "load-forecast.png"]
-    told = written[0].read_text().splitlines()
-    assert told[0].split(",") == names
-    assert len(told) == 1 + 12
-    assert all(900 < float(cell) < 1100 for line in told[1:] for cell in line.split(","))
-    table.write_text("a,b\n1,2\n3,4\n")
-    with pytest.raises(UserError, match="has 2 rows of a, b; the forecaster reads the last 24 of series 0, series 1"):
-        metamixer.apply(trained[0], [table], tmp_path / "out")
-
-
-@pytest.mark.parametrize("heads", [2, 4])
-def test_merged_networks_have_the_same_size(heads: int) -> None:
-    """Within the 5 % of the claim, and every mixer of its own within 7 % of FFNified attention."""
-    sizes, parts = {}, {}
-    for name in NAMES:
-        model = MixerNet(mixer(name, heads, 4), num_classes=8).eval()
-        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-            nn.init.constant_(norm.running_mean, 0.1)  # type: ignore[arg-type]
-        model.reparameterize()
-        sizes[name] = sum(p.numel() for p in model.parameters())
-        mixers = [m for n, m in model.named_modules() if n.endswith("token_mixer.main")]
-        parts[name] = [sum(p.numel() for p in m.parameters()) for m in mixers]
-    assert max(sizes.values()) / min(sizes.values()) < 1.05
-    for name in NAMES:
-        assert all(abs(math.log(a / b)) < 0.07 for a, b in zip(parts[name], parts["ffnified"], strict=True))
-
-
-def test_only_identity_mixes_no_places() -> None:
-    for name in NAMES:
-        part = mixer(name, 2, 2)(8, 1).eval()
-        x = torch.zeros(1, 8, 9, 9)
-        x[..., 4, 4] = torch.randn(8, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            away = (part(x) - part(torch.zeros_like(x)))[0, :, 5, 4].abs().max()
-        assert (float(away) > 1e-6) == (name != "identity"), name
+    (tmp_path / "load.csv").write_text("\n".join(",".join(row) for row in [["hour", *names], *rows]))
+    (tmp_path / "short.csv").write_text("a,b\n1,2\n3,4\n")
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    inputs = [tmp_path / name for name in ("a.png", "load.csv", "short.csv")]
+    written = applying.apply(trained[0], inputs, tmp_path / "out", metamixer.answer)
+    found = json.loads(written[0].read_text())
+    assert found[str(inputs[0])]["class"] in {str(i) for i in range(10)}
+    assert found[str(inputs[1])]["files"] == ["load-answer.png", "load-forecast.csv"]
+    forecast = (tmp_path / "out" / "load-forecast.csv").read_text().splitlines()
+    assert forecast[0].split(",") == names
+    assert len(forecast) == 1 + 12
+    assert all(900 < float(cell) < 1100 for line in forecast[1:] for cell in line.split(","))
+    reason = "has 2 rows of a, b; the forecaster reads the last 24 of series 0, series 1"
+    assert reason in found[str(inputs[2])]["skipped"]
 
 
 @pytest.mark.parametrize(
@@ -130,13 +88,9 @@ def test_only_identity_mixes_no_places() -> None:
         (Config(mlp_ratio=0), "ratio 0 leaves no channel"),
     ],
 )
-def test_what_cannot_be_is_refused(config: Config, message: str, tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match=message),
-        Run.quick(tmp_path, name="metamixer", config=config) as run,
-    ):
-        metamixer.run(config, run)
-    assert not list((run.dir / "checkpoints").glob("*")), "told before anything is trained"
+def test_what_cannot_be_is_refused(config: Config, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        metamixer.check(config)
 
 
 def test_any_network_of_timm_is_trained_alone(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class Comparison:
 
     Every arm is built on the meta device first, so that what cannot be built is told before hours of training; then
     each starts from the same random state. ``run.metric`` gets ``METRIC_ARM`` for every metric, and
-    ``parameters_ARM``.
+    ``parameters_ARM`` where that is none of them.
 
     Args:
         run: which run records.
@@ -68,7 +68,8 @@ class Comparison:
             found = dict(measure(trained.model))
             for metric, value in found.items():
                 run.metric(f"{metric}_{name}", value, published=(published or {}).get(f"{metric}_{name}"))
-            run.metric(f"parameters_{name}", count_parameters(trained.model), unit="parameters")
+            if "parameters" not in found:
+                run.metric(f"parameters_{name}", count_parameters(trained.model), unit="parameters")
             self.arms[name] = Arm(name, trained.model, found, trained.curves)
 
     def __getitem__(self, name: str) -> Arm:

@@ -16,11 +16,9 @@ no position embedding here but the zero padding of the channel mixers' 3x3 convo
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,20 +26,23 @@ from torch import Tensor, nn
 
 from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm
-from isthmus.data import load
 from isthmus.encoders.backbone import made_for
-from isthmus.encoders.images.metamixer import MixerNet
-from isthmus.engine import Run, Training, read_config
-from isthmus.layers.metamixer import ConvNorm, ffnified_attention, reparam_depthwise, self_attention
-from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._metamixer_forecast import forecast, train_forecaster
+from isthmus.encoders.images.token_mixers import mixer_network
+from isthmus.encoders.signals.metamixer_forecaster import MetaMixerForecaster
+from isthmus.engine import Run, Training
+from isthmus.engine.comparison import Comparison, check_arms, count_parameters
+from isthmus.engine.timing import median_seconds
 from isthmus.report import figures
+from isthmus.saved import Saved
+from isthmus.tasks import classification, forecasting
+from isthmus.tasks.applying import Answer, Item
+from isthmus.tasks.classification import DEIT, ClassificationConfig
 
-needs = ("image", "label")
+needs = classification.NEEDS
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassificationConfig):
     """Settings of a run; the defaults take about two minutes on one core."""
 
     data: str = "scenes:32?space=easy&count=1500"
@@ -67,10 +68,6 @@ class Config:
     """Stochastic depth of the last block."""
     training: Training = Training(epochs=12, batch_size=64, lr=2e-3, weight_decay=0.05, warmup_epochs=1, clip=1.0)
     """Training of every network."""
-    augmentation: shared.Augmentation = field(default_factory=shared.Augmentation)
-    """Changes of training images."""
-    smoothing: float = 0.0
-    """Label smoothing."""
     latency_size: int = 256
     """Pixels a side of the image whose forward pass is timed."""
     rounds: int = 3
@@ -80,15 +77,11 @@ class Config:
     history: int = 96
     """Values of a series that are read."""
     horizon: int = 96
-    """Values of a series that are told."""
+    """Values of a series that are forecast."""
     forecasting: Training = Training(steps=300, batch_size=64, lr=2e-3, warmup_steps=20)
     """Training of the forecaster."""
     test_images: int = 1000
     """Held-out images to measure on; 0 is all."""
-    train_split: str = "train"
-    """Part of the data to train on."""
-    eval_split: str = "test"
-    """Part of the data to measure on."""
 
     @classmethod
     def paper(cls) -> Config:
@@ -113,7 +106,7 @@ class Config:
                 ema=0.9995,
                 workers=8,
             ),
-            augmentation=replace(shared.DEIT, mixup=0.2),
+            augmentation=replace(DEIT, mixup=0.2),
             smoothing=0.1,
             forecasting=Training(epochs=100, batch_size=512, lr=1e-4, optimizer="adam"),
             test_images=0,
@@ -121,116 +114,51 @@ class Config:
         )
 
 
-def run(config: Config, run: Run) -> None:
-    """Train a network with every mixer, compare them, merge and time them."""
+def check(config: Config) -> None:
+    """Refuse numbers out of range and networks that cannot be built."""
     if min(config.size, config.latency_size, config.heads) < 1 or min(config.rounds, config.test_images) < 0:
         raise UserError(
             f"size {config.size}, latency_size {config.latency_size} and heads {config.heads} are at least 1, rounds "
             f"{config.rounds} and test_images {config.test_images} at least 0."
         )
+    if not config.encoder and not config.mixers:
+        raise UserError("no mixer to compare; name one in mixers, or a network in encoder.")
+    check_arms({name: partial(make, 2) for name, make in _makers(config).items()})
+
+
+def run(config: Config, run: Run) -> None:
+    """Train a network with every mixer, compare them, merge and time them."""
+    task = classification.open(config, run)
+    probe = torch.randn(4, 3, config.size, config.size, generator=run.generator("probe")).to(run.fabric.device)
+    errors: list[float] = []
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        accuracy, merged = task.measure(network), _merged(network)
+        errors.append(_difference(merged, network, probe))
+        return {**accuracy, "parameters": count_parameters(merged)}
+
     makers = _makers(config)
-    with torch.device("meta"):
-        for make in makers.values():  # what cannot be built is told before the first is trained
-            make(2)
-    source = load(config.data, config.train_split, needs, run.seed)
-    held_out = load(config.data, config.eval_split, needs, run.seed)
-    if config.test_images:
-        held_out = held_out.select(range(min(config.test_images, len(held_out))))  # type: ignore[arg-type]
-    classes = shared.class_names(source, held_out)
-    augmented, plain = _transforms(config, len(classes))
-    run.log(f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {len(classes)} classes.")
-
-    accuracies: dict[str, float] = {}
-    sizes: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    merging = 0.0
-    kept: Any = None
-    for name, make in makers.items():
-        run.seed_everything("network")
-        network = make(len(classes))
-        result: Any = shared.train(run, name, network, source, config.training, augmented, config.smoothing)
-        trained = result.objective.model if result.ema is None else result.ema.model
-        kept = trained if kept is None else kept
-        accuracies[name] = shared.accuracy(shared.confusion(run, trained, len(classes), held_out, plain))
-        metric = f"accuracy_{name}"
-        run.metric(metric, accuracies[name], published=published("metamixer").get(metric))
-        merged = _merged(trained)
-        sizes[name] = sum(p.numel() for p in merged.parameters())
-        run.metric(f"parameters_{name}", sizes[name])
-        probe = torch.randn(4, 3, config.size, config.size, generator=run.generator("probe")).to(run.fabric.device)
-        merging = max(merging, _difference(merged, trained, probe))
-        if config.rounds:
-            side = config.size if made_for(config.encoder, -1) else config.latency_size
-            image = torch.randn(1, 3, side, side, generator=run.generator("image"))
-            seconds[name] = _latency(merged.to("cpu"), image, config.rounds)
-            run.metric(f"latency_{name}", 1000 * seconds[name], unit="ms")
-    run.metric("merging_error", merging)
-    _compare(run, config, accuracies, sizes, seconds)
-    shared.look(run, kept, classes, held_out, plain)
-    first = next(iter(makers))
-    how = f"timm.create_model({first!r}, num_classes={len(classes)})" if config.encoder else f"the mixer {first}"
-    shared.keep(run, kept, classes, f"the network of {how}, not merged yet")
+    arms = task.compare(makers, published("metamixer"), measure)
+    run.metric("merging_error", max(errors))
+    sizes = arms.values("parameters")
+    if len(sizes) > 1:
+        run.metric("parameters_spread", max(sizes.values()) / min(sizes.values()) - 1)
+        caption = "Held-out accuracy of networks that differ in the token mixer."
+        arms.bars("accuracy", caption, grey="identity", name="mixers")
+    arms.over("ffnified", "accuracy")
+    if config.rounds:
+        _time(run, config, arms)
+    task.show(arms.first.model)
+    how = "the network" if config.encoder else "the network with the mixer"
+    task.keep(arms.first.model, f"{how} {arms.first.name}, not merged yet")
     if config.series:
-        train_forecaster(run, config.series, config.history, config.horizon, config.forecasting)
+        make = partial(MetaMixerForecaster, length=config.history, horizon=config.horizon, dropout=0.7)
+        forecasting.forecast(run, config.series, config.history, config.horizon, config.forecasting, make)
 
 
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Pictures to ``classes.json`` and every picture with its class; tables of series (``.csv``) to what follows."""
-    tables = [path for path in inputs if path.suffix.lower() == ".csv"]
-    told = [written for table in tables for written in forecast(run_dir, table, out)]
-    pictures = [path for path in inputs if path not in tables]
-    if not pictures:
-        return told
-    saved = read_config(run_dir)["config"]
-    tuples = {key: tuple(saved[key]) for key in ("mixers", "depths", "dims")}
-    single = {key: saved[key] for key in ("encoder", "size", "heads", "mlp_ratio", "stem_stride")}
-    config = Config(**tuples, **single)
-    make = next(iter(_makers(config).values()))
-    return told + shared.classify(run_dir, pictures, out, make, _transforms(config, 1)[1])
-
-
-# ------------------------------------------------------------------------------------------------------------- mixers
-
-
-def mixer(name: str, heads: int, stages: int) -> Callable[[int, int], nn.Module]:
-    """``mixer(dim, stage)`` for :class:`MixerNet`; merged, all have the same parameters.
-
-    FFNified attention has C² + 101·C of them. The others get the inner width that comes nearest: of queries, keys and
-    values in self-attention, and between two 1x1 convolutions elsewhere, so that mixers without kernels of their own
-    mix channels instead.
-
-    Raises:
-        UserError: an unknown name.
-    """
-
-    def budget(dim: int) -> int:
-        return dim**2 + 101 * dim
-
-    def attention(dim: int, stage: int) -> nn.Module:  # 4·C·E + 3·E + C
-        width = (budget(dim) - dim) / (4 * dim + 3)
-        return self_attention(dim, heads, max(1, round(width / heads)) * heads)
-
-    def between(places: Callable[[int], nn.Module], kernel: int) -> Callable[[int, int], nn.Module]:
-        def make(dim: int, stage: int) -> nn.Module:  # 2·C·E + E + C, and k² + 1 for every channel of E
-            width = round((budget(dim) - dim) / (2 * dim + 1 + (kernel**2 + 1 if kernel else 0)))
-            return nn.Sequential(ConvNorm(dim, width), places(width), nn.Conv2d(width, dim, 1))
-
-        return make
-
-    def ffnified(dim: int, stage: int) -> nn.Module:
-        return ffnified_attention(dim, 7)
-
-    known: dict[str, Callable[[int, int], nn.Module]] = {
-        "ffnified": ffnified,
-        "attention": attention,
-        "hybrid": lambda dim, stage: (attention if stage == stages - 1 else ffnified)(dim, stage),
-        "pooling": between(lambda width: nn.AvgPool2d(3, 1, 1, count_include_pad=False), 0),
-        "depthwise": between(lambda width: reparam_depthwise(width, 7), 7),
-        "identity": between(lambda width: nn.Identity(), 0),
-    }
-    if name not in known:
-        raise UserError(f"no mixer {name!r}; choose from {', '.join(known)}.")
-    return known[name]
+def answer(kept: Saved, item: Item) -> Answer:
+    """The class of a picture; what follows in a table of series (``.csv``)."""
+    return (forecasting if kept.inputs.kind == "series" else classification).answer(kept, item)
 
 
 def _makers(config: Config) -> dict[str, Callable[[int], nn.Module]]:
@@ -238,31 +166,23 @@ def _makers(config: Config) -> dict[str, Callable[[int], nn.Module]]:
     if config.encoder:
         drop = {"drop_path_rate": config.drop_path} if config.drop_path else {}
         sized = made_for(config.encoder, config.size)  # transformers have positions for one size
-        return {config.encoder: lambda classes: create_timm(config.encoder, num_classes=classes, **sized, **drop)}
-    if not config.mixers:
-        raise UserError("no mixer to compare; name one in mixers, or a network in encoder.")
-
-    def maker(name: str) -> Callable[[int], nn.Module]:
-        made = mixer(name, config.heads, len(config.dims))
-        return lambda classes: MixerNet(
-            made,
-            config.depths,
-            config.dims,
-            mlp_ratio=config.mlp_ratio,
-            stem_stride=config.stem_stride,
-            num_classes=classes,
-            drop_path_rate=config.drop_path,
-        )
-
-    return {name: maker(name) for name in config.mixers}
+        return {
+            config.encoder: lambda num_classes: create_timm(config.encoder, num_classes=num_classes, **sized, **drop)
+        }
+    return {mixer: partial(_network, config, mixer) for mixer in config.mixers}
 
 
-def _transforms(config: Config, classes: int) -> tuple[Any, Any]:
-    pct = 0.9 if config.size >= 224 else 1.0
-    return shared.transforms(config.size, classes, config.augmentation, smoothing=config.smoothing, crop_pct=pct)
-
-
-# ---------------------------------------------------------------------------------------------------------- measuring
+def _network(config: Config, mixer: str, num_classes: int) -> nn.Module:
+    return mixer_network(
+        mixer,
+        config.depths,
+        config.dims,
+        config.heads,
+        mlp_ratio=config.mlp_ratio,
+        stem_stride=config.stem_stride,
+        num_classes=num_classes,
+        drop_path_rate=config.drop_path,
+    )
 
 
 def _merged(network: nn.Module) -> Any:
@@ -281,38 +201,16 @@ def _difference(merged: nn.Module, network: nn.Module, x: Tensor) -> float:
 
 
 @torch.no_grad()
-def _latency(network: nn.Module, image: Tensor, rounds: int) -> float:
-    """Median seconds of a forward pass on one thread of the CPU, after one that does not count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        times = []
-        for _ in range(rounds + 1):
-            began = time.perf_counter()
-            network(image)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times[1:])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _compare(
-    run: Run, config: Config, accuracies: Mapping[str, float], sizes: Mapping[str, int], seconds: Mapping[str, float]
-) -> None:
-    """Differences to FFNified attention, the spread of parameters, and two pictures."""
-    if len(accuracies) < 2:
-        return
-    run.metric("parameters_spread", max(sizes.values()) / min(sizes.values()) - 1)
-    caption = "Held-out accuracy of networks that differ in the token mixer."
-    run.figure("mixers", figures.bars(accuracies, grey="identity"), caption)
-    if "ffnified" in accuracies:
-        for name in accuracies:
-            if name != "ffnified":
-                run.metric(f"accuracy_over_{name}", accuracies["ffnified"] - accuracies[name])
-    if not seconds:
-        return
+def _time(run: Run, config: Config, arms: Comparison) -> None:
+    """Milliseconds of every merged network for one image, on one thread of the CPU."""
+    side = config.size if made_for(config.encoder, -1) else config.latency_size
+    image = torch.randn(1, 3, side, side, generator=run.generator("image"))
+    calls = {name: partial(_merged(arm.model).to("cpu"), image) for name, arm in arms.arms.items()}
+    seconds = median_seconds(calls, config.rounds, warm_up=1)
+    for name, value in seconds.items():
+        run.metric(f"latency_{name}", 1000 * value, unit="ms")
     if {"ffnified", "attention"} <= seconds.keys():
         run.metric("latency_ratio_to_attention", seconds["ffnified"] / seconds["attention"])
-    milliseconds = {name: 1000 * value for name, value in seconds.items()}
-    caption = f"Milliseconds for one image of {config.latency_size} pixels, merged, on one thread."
-    run.figure("latency", figures.bars(milliseconds, "ms"), caption)
+    if len(seconds) > 1:
+        caption = f"Milliseconds for one image of {side} pixels, merged, on one thread."
+        run.figure("latency", figures.bars({name: 1000 * value for name, value in seconds.items()}, "ms"), caption)

@@ -13,12 +13,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from isthmus import saved
 from isthmus.codec import Output, UserError, write_atomically
+from isthmus.data.builtin.series import read_csv
 from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.saved import Saved
@@ -46,19 +48,29 @@ class Item:
 
     Args:
         path: the file.
-        image: uint8 ``(3, H, W)``, upright.
+        content: what was read from it: a picture, uint8 ``(3, H, W)``, upright; or a table, values and column names.
         kept: the model that will see it.
         device: where it runs.
     """
 
-    def __init__(self, path: Path, image: Tensor, kept: Saved, device: torch.device) -> None:
-        self.path, self.image, self._kept, self._device = path, image, kept, device
+    def __init__(self, path: Path, content: Any, kept: Saved, device: torch.device) -> None:
+        self.path, self.content, self._kept, self.device = path, content, kept, device
+
+    @property
+    def image(self) -> Tensor:
+        """The picture, uint8 ``(3, H, W)``."""
+        return self.content
+
+    @property
+    def table(self) -> tuple[np.ndarray, list[str]]:
+        """The columns of numbers ``(rows, columns)`` and their names."""
+        return self.content
 
     @functools.cached_property
     def input(self) -> Tensor:
         """``(1, C, H, W)`` as the model was measured with, on its device."""
         batch = {"image": self.image[None].float() / 255, "index": torch.tensor([0])}
-        return self._kept.inputs.transform()(batch, torch.Generator())["image"].to(self._device)
+        return self._kept.inputs.transform()(batch, torch.Generator())["image"].to(self.device)
 
     @functools.cached_property
     def predicted(self) -> Tensor:
@@ -78,7 +90,8 @@ def apply(
     """Answer every input with a model that a run kept.
 
     Args:
-        run_dir: a finished run, the folder of a kept model, or the model itself.
+        run_dir: a finished run, the folder of a kept model, or the model itself. Of several models that a run kept,
+            tables of series go to the one that reads series.
         inputs: files; what cannot be read is named in ``answers.json`` and left out.
         out: gets ``answers.json`` and, where there is a picture, ``NAME-answer.png``; both are written whole.
         answer: of the recipe.
@@ -91,26 +104,22 @@ def apply(
         UserError: the run kept no such model, or not one of the inputs can be read.
     """
     if isinstance(run_dir, Saved):
-        kept = run_dir
+        first = run_dir
     else:
-        kept = saved.load(run_dir if name is None else run_dir / saved.KEPT / name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kept.model.to(device).eval()
+        first = saved.load(run_dir if name is None else run_dir / saved.KEPT / name)
+    models = _Models(first, None if isinstance(run_dir, Saved) else run_dir)
     found: dict[str, Any] = {}
     written: list[Path] = []
     for path, target in zip(inputs, free_names(inputs, out), strict=True):
         try:
-            item = Item(path, decode_image(path), kept, device)
-        except Unreadable as error:
+            kept = models.reading(path)
+            content = read_csv(path) if kept.inputs.kind == "series" else decode_image(path)
+            answered = answer(kept, Item(path, content, kept, models.device))
+        except (Unreadable, UserError) as error:
             found[str(path)] = {"skipped": str(error)}
             continue
-        try:
-            told = answer(kept, item)
-        except UserError as error:
-            found[str(path)] = {"skipped": str(error)}
-            continue
-        found[str(path)] = dict(told.facts)
-        for suffix, content in contents(told):
+        found[str(path)] = dict(answered.facts)
+        for suffix, content in contents(answered):
             write_atomically(target.with_name(target.name + suffix), content)
             written.append(target.with_name(target.name + suffix))
             found[str(path)].setdefault("files", []).append(written[-1].name)
@@ -119,6 +128,34 @@ def apply(
         raise UserError(f"none of the inputs can be used ({reasons}); pictures are {', '.join(IMAGE_SUFFIXES)}.")
     write_atomically(out / ANSWERS, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     return [out / ANSWERS, *written]
+
+
+class _Models:
+    """The models of a run, each loaded when an input of its kind comes: tables of series, and pictures."""
+
+    def __init__(self, first: Saved, run_dir: Path | None) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._run, self._loaded = run_dir, {first.inputs.kind: self._ready(first)}
+
+    def reading(self, path: Path) -> Saved:
+        """The model for a file.
+
+        Raises:
+            UserError: the run kept none that reads files like this one.
+        """
+        kind = "series" if path.suffix.lower() == ".csv" else "image"
+        if kind not in self._loaded and self._run is not None:
+            for file in sorted((self._run / saved.KEPT).glob(f"*/{saved.FACTS}")):
+                if json.loads(file.read_text(encoding="utf-8"))["inputs"]["kind"] == kind:
+                    self._loaded[kind] = self._ready(saved.load(file.parent))
+                    break
+        if kind not in self._loaded and kind == "series":
+            raise UserError(f"{path} is a table, and this run kept no model of series.")
+        return self._loaded.get(kind) or next(iter(self._loaded.values()))
+
+    def _ready(self, kept: Saved) -> Saved:
+        kept.model.to(self.device).eval()
+        return kept
 
 
 def contents(answer: Answer) -> Iterator[tuple[str, bytes]]:

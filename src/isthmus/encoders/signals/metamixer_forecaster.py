@@ -265,15 +265,16 @@ class SeriesEncoder(nn.Module):
                 module.reparameterize()
 
 
+@part
 class MetaMixerForecaster(nn.Module):
     """The values that follow.
 
     Args:
         variables: M.
         length: L, values that are read.
-        horizon: H, values that are told.
+        horizon: H, values that are forecast.
         individual: a linear layer for every variable instead of one for all.
-        head_dropout: of what is told, before it is put back.
+        head_dropout: of the forecast, before it is put back.
         affine: of :class:`RevIN`.
         subtract_last: of :class:`RevIN`.
         encoder: what else goes to :class:`SeriesEncoder`.
@@ -300,7 +301,7 @@ class MetaMixerForecaster(nn.Module):
         if length < self.encoder.patch or horizon < 1:
             raise ValueError(
                 f"length {length} and horizon {horizon}: a series is read in patches of {self.encoder.patch} values, "
-                "and at least one value is told."
+                "and at least one value is forecast."
             )
         self.variables, self.length, self.horizon = variables, length, horizon
         self.revin = RevIN(variables, affine=affine, subtract_last=subtract_last)
@@ -318,11 +319,11 @@ class MetaMixerForecaster(nn.Module):
                 f"the input is {tuple(x.shape)}; this network takes (B, {self.variables}, {self.length}): samples, "
                 "variables, values."
             )
-        x, told = self.revin(x)
+        x, statistics = self.revin(x)
         features = self.encoder.maps(x)[-1].flatten(2)
         weight, bias = (p.expand(self.variables, *p.shape[1:]) for p in (self.weight, self.bias))
         y = torch.einsum("bmf,mhf->bmh", features, weight) + bias
-        return self.revin.inverse(self.drop(y), told)
+        return self.revin.inverse(self.drop(y), statistics)
 
     def reparameterize(self) -> None:
         """Merge the branches in place; a second call does nothing.
