@@ -163,7 +163,7 @@ def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:
             (folder / f"{number:02}.jpg").write_bytes(b"not a picture")
     config = dataclasses.replace(TINY, data=f"folder:{folder}", size=64)
     notes = _record(_run(config, tmp_path))["notes"]
-    assert any("images could not be read and were left out" in note and "01.jpg" in note for note in notes)
+    assert any("samples could not be read and were left out" in note and "01.jpg" in note for note in notes)
 
 
 # -------------------------------------------------------------------------------------------------------- settings

@@ -87,6 +87,7 @@ def shared_batches(
     run: Run, dataset: Dataset, batch_size: int = BATCH, transform: Transform | None = None
 ) -> Iterator[dict[str, Any]]:
     """This process's share of a source in batches, in order, on its device; of a try-out only the first samples."""
+    run.uses(dataset)
     if run.few:
         dataset = dataset.first(min(FEW, batch_size) * run.world)
     for batch in evaluation_batches(dataset, batch_size, transform=transform, rank=run.rank, world=run.world):

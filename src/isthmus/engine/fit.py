@@ -67,8 +67,7 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     _check_phase(run, phase)
-    for note in getattr(dataset, "notes", ()):
-        run.remark(f"{dataset.name}: {note}")
+    run.uses(dataset)
     samples = len(dataset) if hasattr(dataset, "__len__") else None
     steps = run.cap(training.length(samples))
     schedule = training.schedule_for(samples, steps)

@@ -80,6 +80,7 @@ class Run:
         self.sharded = self.options.strategy == "fsdp" and self.world > 1
         self._lock: folder.Lock | None = None
         self._remarks: set[str] = set()
+        self._skipped: list[list[tuple[str, str]]] = []
         self.dir, self.resumed = self._open()
         self.phases: list[str] = []
         self._began = time.monotonic()
@@ -143,6 +144,7 @@ class Run:
     def finish(self) -> None:
         """Mark the run as complete."""
         self.fabric.barrier()
+        self._tell_skipped()
         self._tell("finish")
         if self.is_first:
             done = {"seconds": round(time.monotonic() - self._began, 1), "phases": self.phases, "resumed": self.resumed}
@@ -212,7 +214,25 @@ class Run:
         """Record a sentence for the report's reader."""
         self._tell("note", text)
 
-    def remark(self, text: str) -> None:
+    def uses(self, dataset: Any) -> None:
+        """Say how a source was understood, and, when the run ends, what of it could not be read."""
+        for note in getattr(dataset, "notes", ()):
+            self._remark(f"{dataset.name}: {note}")
+        skipped = getattr(dataset, "skipped", None)
+        if skipped is not None and all(skipped is not known for known in self._skipped):
+            self._skipped.append(skipped)
+
+    def _tell_skipped(self) -> None:
+        found = dict(entry for skipped in self._skipped for entry in skipped)
+        if found:
+            named = "; ".join(f"{name}: {reason}" for name, reason in list(found.items())[:10])
+            more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
+            told = "1 sample could not be read and was"
+            if len(found) > 1:
+                told = f"{len(found)} samples could not be read and were"
+            self._remark(f"{told} left out: {named}{more}.")
+
+    def _remark(self, text: str) -> None:
         """Log and record a sentence, once however often it is told."""
         if text not in self._remarks:
             self._remarks.add(text)

@@ -206,7 +206,7 @@ def run(config: Config, run: Run) -> None:
         run.note("These pictures have no labels, so there was no fine-tuning; encoder.safetensors is what you need.")
     else:
         _finetune_all(config, run, train, size, encoders)
-    _tell_skipped(run, train, held_out)
+    run.uses(held_out)
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces
@@ -355,14 +355,3 @@ def _accuracy(objective: Classification, test: data.Dataset, size: int, run: Run
         right += int((logits.argmax(1).cpu() == batch["label"]).sum())
         count += len(logits)
     return right / count
-
-
-def _tell_skipped(run: Run, *datasets: data.Dataset) -> None:
-    skipped = dict(entry for dataset in datasets for entry in dataset.skipped)
-    if skipped:
-        named = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:10])
-        more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        told = "1 image could not be read and was"
-        if len(skipped) > 1:
-            told = f"{len(skipped)} images could not be read and were"
-        run.note(f"{told} left out: {named}{more}.")

@@ -291,16 +291,9 @@ class PretrainingTask:
         self.run.artifact("encoder", path, f"the pre-trained encoder: {line_for_timm(name, path)}")
 
     def note_skipped(self, *others: Dataset) -> None:
-        """Say which pictures could not be read."""
-        skipped = dict(entry for dataset in (self.train, self.held_out, *others) for entry in dataset.skipped)
-        if not skipped:
-            return
-        named = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:10])
-        more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        what = "1 image could not be read and was"
-        if len(skipped) > 1:
-            what = f"{len(skipped)} images could not be read and were"
-        self.run.note(f"{what} left out: {named}{more}.")
+        """Have the run say which pictures could not be read, when it ends."""
+        for dataset in (self.train, self.held_out, *others):
+            self.run.uses(dataset)
 
 
 def whole(size: int) -> Inputs:
