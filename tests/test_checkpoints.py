@@ -7,6 +7,7 @@ import collections
 import contextlib
 import enum
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,25 @@ def test_nothing_in_a_file_is_run(call: Any, tmp_path: Path) -> None:
     with contextlib.suppress(UserError):
         assert same(read_checkpoint(tmp_path / "c.pth").state)
     assert not mark.exists()
+
+
+def test_entries_without_end_are_told(tmp_path: Path) -> None:
+    circle: dict[str, Any] = {}
+    circle["model"] = circle
+    with pytest.raises(UserError, match="holds no network"):
+        read_checkpoint(saved(tmp_path, circle))
+    deep: dict[str, Any] = dict(STATE)
+    for _ in range(5000):
+        deep = {"model": deep}
+    path = tmp_path / "deep.pth"
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)
+    try:
+        torch.save(deep, path)
+    finally:
+        sys.setrecursionlimit(limit)
+    with pytest.raises(UserError, match="holds no network"):
+        read_checkpoint(path)
 
 
 def test_each_damage_is_told_as_what_it_is(tmp_path: Path) -> None:

@@ -163,6 +163,12 @@ def test_a_codec_folder_says_who_reads_it(tmp_path):
         saved.load(tmp_path)
 
 
+def test_a_folder_of_an_earlier_version_says_what_to_do(tmp_path):
+    (tmp_path / "network.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds network.safetensors without what it is fed.*run the recipe again"):
+        saved.load(tmp_path)
+
+
 def test_a_kill_between_weights_and_facts_leaves_no_half_of_another_model(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

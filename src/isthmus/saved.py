@@ -144,6 +144,11 @@ def _find(source: str | Path, revision: str | None) -> Path:
         return _first(folder, kept)
     if (folder / Codec.CONFIG).is_file():
         raise UserError(f"{folder} is a Codec without inputs; isthmus.codec.Codec.from_pretrained({str(folder)!r}).")
+    if earlier := [file.name for file in sorted(folder.glob("*.safetensors")) if file.name != WEIGHTS]:
+        raise UserError(
+            f"{folder} holds {earlier[0]} without what it is fed, as earlier versions left it; run the recipe again "
+            "or load those weights yourself with isthmus.codec.checkpoints.read_checkpoint."
+        )
     if folder.exists():
         raise UserError(f"{folder} holds no kept model; let the run end first, or name the folder with {FACTS}.")
     return folder_of(source, (FACTS, WEIGHTS), revision)

@@ -67,6 +67,17 @@ def test_what_training_scripts_of_timm_write_loads_and_is_said(tmp_path: Path) -
     assert "left out state_dict_ema (a moving average), args, metric, optimizer" in told[0]
 
 
+def test_archives_of_numpy_go_through_timm(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    with pytest.raises(UserError, match="does not fit vit_tiny_patch16_224"):
+        trained("vit_tiny_patch16_224", tmp_path / "a.npz", depth=1)
+    with pytest.raises(UserError, match="resnet10t reads no archives of NumPy"):
+        trained("resnet10t", tmp_path / "a.npz")
+    (tmp_path / "b.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is no archive of NumPy"):
+        trained("vit_tiny_patch16_224", tmp_path / "b.npz")
+
+
 def test_one_tensor_too_many_is_named(tmp_path: Path) -> None:
     state = {**timm.create_model("resnet10t").state_dict(), "aux.bias": torch.zeros(2)}
     torch.save(state, tmp_path / "c.pth")

@@ -87,7 +87,10 @@ def read_checkpoint(path: str | os.PathLike[str], ema: bool = False) -> Checkpoi
     with file.open("rb") as stream:
         head = stream.read(9)
     content, metadata = _safetensors(file) if head[8:] == b"{" else (_pickled(file), {})
-    return _taken(file, content, metadata, ema)
+    try:
+        return _taken(file, content, metadata, ema)
+    except RecursionError as error:
+        raise UserError(f"{file} holds no network: its entries stand in each other without end.") from error
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, name: str = "", rename: _Rename | None = None) -> None:
@@ -253,8 +256,8 @@ def _taken(path: Path, content: Any, metadata: dict[str, Any], ema: bool) -> Che
     for name, value in _flat(content):
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = torch.from_numpy(value.copy())
-        if isinstance(value, Tensor) and name != "n_averaged":
-            state[name] = value.detach()
+        if isinstance(value, Tensor) and not value.is_meta and name != "n_averaged":
+            state[name] = value.detach().to_dense() if value.layout != torch.strided else value.detach()
         else:
             left.append(name)
             metadata = {**metadata, **_plain(name, value)}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, create_timm
@@ -36,6 +37,8 @@ def trained(
     Raises:
         UserError: there is no such file or model, it cannot be read safely, or a tensor has another name or shape.
     """
+    if Path(checkpoint).suffix in (".npz", ".npy"):
+        return _of_numpy(name, Path(checkpoint), timm_kwargs)
     found = read_checkpoint(checkpoint, ema)
     if log is not None:
         log(found.told)
@@ -44,6 +47,25 @@ def trained(
     if "num_classes" not in timm_kwargs and (classes := _classes(model, found.state, rename)) is not None:
         model = create_timm(name, **timm_kwargs, num_classes=classes)
     load_into(model, found, name, _renaming(model, found))
+    return model.eval()
+
+
+def _of_numpy(name: str, path: Path, timm_kwargs: dict[str, Any]) -> nn.Module:
+    """Archives of NumPy are published for some transformers; timm's models of these read them themselves."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            head = next((archive[key] for key in archive.files if key.endswith("head/kernel")), None)
+    except Exception as error:
+        raise UserError(f"{path} is no archive of NumPy that can be read ({type(error).__name__}).") from error
+    found = {} if head is None or "num_classes" in timm_kwargs else {"num_classes": head.shape[-1]}
+    model: Any = create_timm(name, **timm_kwargs, **found)
+    if not hasattr(model, "load_pretrained"):
+        raise UserError(f"{name} reads no archives of NumPy; give a safetensors file or one of torch.save.")
+    try:
+        model.load_pretrained(str(path))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{path} does not fit {name}: {reason}.") from error
     return model.eval()
 
 
