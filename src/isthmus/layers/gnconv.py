@@ -144,7 +144,7 @@ class GlobalLocalFilter(nn.Module):
         """The global filter alone: ``(B, C / 2, H, W)`` → the same, float32 or float64."""
         size = x.shape[-2:]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if not len(x):  # CPUs' transforms refuse empty batches
+        if not torch.compiler.is_compiling() and not len(x):  # CPUs' transforms refuse empty batches
             return wide
         spectrum = torch.fft.rfft2(wide, norm="ortho")
         return torch.fft.irfft2(spectrum * self.resized(size).to(spectrum.dtype), s=size, norm="ortho")

@@ -144,7 +144,7 @@ def is_plain_cpu(x: Tensor, weight: Tensor) -> bool:
 def _is_slow_case(x: Tensor, weight: Tensor, dilation: int) -> bool:
     """Whether ``conv2d`` would take one of oneDNN's slow roads."""
     large = weight.shape[-1] * weight.shape[-2] > 9 or dilation > 1
-    return large and torch.backends.mkldnn.is_available() and is_plain_cpu(x, weight)
+    return large and is_plain_cpu(x, weight) and torch.backends.mkldnn.is_available()
 
 
 def _padding(weight: Tensor, dilation: int) -> Pair:

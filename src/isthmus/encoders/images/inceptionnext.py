@@ -75,7 +75,8 @@ class InceptionDWConv2d(nn.Module):
             raise ValueError(f"the map has {x.shape[1]} channels; this mixer is for {self.channels}.")
         same, square, across, down = torch.split(x, self.split_indexes, dim=1)
         # Of the three only the horizontal kernel has a slow gradient on CPUs, and there the way round pays from a size.
-        wide = self.dwconv_w(across) if across.numel() >= _LARGE else nn.Conv2d.forward(self.dwconv_w, across)
+        plain = torch.compiler.is_compiling() or across.numel() < _LARGE  # compilers see one road for every batch
+        wide = nn.Conv2d.forward(self.dwconv_w, across) if plain else self.dwconv_w(across)
         return torch.cat((same, self.dwconv_hw(square), wide, self.dwconv_h(down)), dim=1)
 
     @torch.no_grad()
