@@ -12,7 +12,6 @@ from torch import nn
 
 from isthmus.encoders.images.hornet import HorNet
 from isthmus.encoders.images.inceptionnext import mixer_network
-from isthmus.encoders.images.transnext import TransNeXt
 from isthmus.encoders.images.unireplknet import UniRepLKNet
 
 DIMS = (8, 16, 32, 64)
