@@ -15,18 +15,20 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import record
-from isthmus import data
 from isthmus.data.transforms import Compose, Flip, RandomResizedCrop
-from isthmus.engine.fit import fit
+from isthmus.encoders.backbone import reductions_within
 from isthmus.engine.run import Run
+from isthmus.objectives.spark import visible_cells
 from isthmus.recipes import spark
 from isthmus.recipes.spark import Config
+from isthmus.tasks import pretraining
 
 KNOBS = [(128, 1), (128, 2), (128, 4), (64, 2), (64, 4), (32, 4)]
 
@@ -34,18 +36,17 @@ KNOBS = [(128, 1), (128, 2), (128, 4), (64, 2), (64, 4), (32, 4)]
 def measure(config: Config, seed: int) -> dict[str, float]:
     """Loss with all scales and with one, and seconds a step."""
     with tempfile.TemporaryDirectory() as folder, Run.quick(Path(folder), seed, "spark", config) as run:
-        train = data.load(config.data, "train", spark.needs, seed)
-        held_out = data.load(config.data, "val", spark.needs, seed)
-        size = spark._natural_size(train)
-        levels = spark._levels(config, size)
-        transform = Compose([RandomResizedCrop(size, (config.crop, 1)), Flip()])
+        task = pretraining.open(config, run, most=224)
+        levels = reductions_within(config.encoder, task.size)
+        transform = Compose([RandomResizedCrop(task.size, (config.crop, 1)), Flip()])
         losses, seconds = [], []
         for phase, scales in (("all", levels), ("coarsest", levels[-1:])):
-            objective = spark._objective(config, run, scales)
+            objective = spark._objective(config, task, scales)
             start = time.perf_counter()
-            fit(run, phase, objective, train, config.pretrain, transform)
+            objective = task.pretrain(phase, objective, transform)
             seconds.append((time.perf_counter() - start) / (config.pretrain.steps or 1))
-            losses.append(spark.measures.mean_loss(objective, spark.measures.held_out(held_out, size, objective, run)))
+            batches = task.masked(objective.grid, partial(visible_cells, ratio=config.ratio))
+            losses.append(spark._mean_loss(objective, batches))
     return {"heldout_loss": losses[0], "hierarchy_gain": 1 - losses[0] / losses[1], "seconds": seconds[0]}
 
 

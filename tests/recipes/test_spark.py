@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+import isthmus
 from isthmus.codec import UserError
 from isthmus.codec.published import convert
 from isthmus.decoders.spark_unet import SparKUNet
-from isthmus.encoders.backbone import Backbone
+from isthmus.encoders.backbone import Backbone, reductions_within
 from isthmus.engine.run import Run
 from isthmus.engine.training import Training
 from isthmus.objectives import spark as official
@@ -24,6 +25,7 @@ from isthmus.objectives import spark_files
 from isthmus.objectives.spark import SparK
 from isthmus.recipes import spark
 from isthmus.recipes.spark import Config
+from isthmus.tasks import applying, pretraining
 
 TINY = Config(
     data="photos:64?count=48&include=chelsea,coffee",
@@ -36,6 +38,7 @@ TINY = Config(
 
 
 def _run(config: Config, folder: Path, **options) -> Path:
+    spark.check(config)
     with Run.quick(folder, name="spark", config=config, **options) as run:
         spark.run(config, run)
     return run.dir
@@ -49,7 +52,7 @@ def _record(folder: Path) -> dict:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run with everything that the claims compare; the speed is measured on a small network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spark.measures, "speed", functools.partial(spark.measures.speed, name="test_resnet", size=96))
+        patch.setattr(spark, "_speed", functools.partial(spark._speed, name="test_resnet", size=96))
         config = dataclasses.replace(TINY, comparisons="on")
         return _run(config, tmp_path_factory.mktemp("spark"))
 
@@ -83,8 +86,9 @@ def test_it_measures_what_the_claims_ask_for(finished: Path) -> None:
 
 
 def test_the_encoder_is_a_checkpoint_that_timm_loads(finished: Path) -> None:
-    objective, size = spark.load_pretrained(finished)
-    assert size == 64
+    kept = isthmus.load(finished)
+    objective = kept.model
+    assert kept.inputs.size == (64, 64)
     line = next(
         a["text"] for a in json.loads((finished / "report.json").read_text())["artifacts"] if a["name"] == "encoder"
     )
@@ -95,40 +99,43 @@ def test_the_encoder_is_a_checkpoint_that_timm_loads(finished: Path) -> None:
         assert loaded.num_classes == classes
         assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in trunk.items())
     timm.create_model("test_resnet", num_classes=0, checkpoint_path=str(finished / "encoder.safetensors"))
-    timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(finished / "classifier.safetensors"))
+    timm.create_model(
+        "test_resnet", num_classes=2, checkpoint_path=str(finished / "kept" / "classifier" / "model.safetensors")
+    )
 
 
 def test_it_draws_reconstructions(finished: Path) -> None:
     assert (finished / "figures" / "reconstructions.png").is_file()
 
 
-def test_it_applies_to_pictures_of_any_shape_and_names_those_it_cannot_read(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_fine_tuned_network_is_kept_with_what_it_is_fed(finished: Path) -> None:
+    kept = isthmus.load(finished / "kept" / "classifier")
+    assert kept.labels is not None
+    assert len(kept.labels) == kept.model.num_classes == 2
+    assert kept.inputs.mean == (0.5, 0.5, 0.5), "as this network's own configuration says"
+
+
+def test_it_hides_parts_of_pictures_of_any_shape_and_predicts_them(finished: Path, tmp_path: Path) -> None:
     _picture(tmp_path / "wide.jpg", (200, 100))
     _picture(tmp_path / "tall.png", (64, 160))
-    (tmp_path / "broken.jpg").write_bytes((tmp_path / "wide.jpg").read_bytes()[:300])
-    inputs = [tmp_path / name for name in ("wide.jpg", "broken.jpg", "tall.png")]
-    written = spark.apply(finished, inputs, tmp_path / "out")
+    inputs = [tmp_path / name for name in ("wide.jpg", "tall.png")]
+    answers, *written = applying.apply(finished, inputs, tmp_path / "out", spark.answer)
     assert [path.name for path in written] == ["wide-spark.png", "tall-spark.png"]
-    with Image.open(written[0]) as picture:
-        assert picture.size == (3 * 128 + 2 * 4, 64)
-    with Image.open(written[1]) as picture:
-        assert picture.size == (3 * 64 + 2 * 4, 160)
-    told = capsys.readouterr().err
-    assert "1 of 3 files could not be read" in told
-    assert "broken.jpg" in told
-    again = spark.apply(finished, inputs[:1], tmp_path / "again")
-    assert again[0].read_bytes() == written[0].read_bytes()
-    with pytest.raises(UserError, match="none of the 1 files is a picture"):
-        spark.apply(finished, [tmp_path / "broken.jpg"], tmp_path / "out")
+    for path, shape in zip(written, ((3 * 128 + 2 * 4, 64), (3 * 64 + 2 * 4, 160)), strict=True):
+        with Image.open(path) as picture:
+            assert picture.size == shape
+    found = json.loads(answers.read_text())[str(inputs[0])]
+    assert found["patch"] == 16
+    assert found["loss_of_patch_variance"] > 0
+    again = applying.apply(finished, inputs[:1], tmp_path / "again", spark.answer)
+    assert again[1].read_bytes() == written[0].read_bytes()
 
 
 def test_it_goes_on_from_the_encoder_of_another_run(finished: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, init=str(finished / "encoder.safetensors"), comparisons="off")
     with Run.quick(tmp_path) as run:
-        started = spark._objective(config, run, (4, 8, 16))
-    before, _ = spark.load_pretrained(finished)
+        started = spark._objective(config, pretraining.open(config, run), (4, 8, 16))
+    before = isthmus.load(finished).model
     for name, tensor in before.encoder.model.state_dict().items():
         if not name.startswith("fc."):
             assert torch.equal(started.encoder.model.state_dict()[name], tensor)
@@ -137,7 +144,7 @@ def test_it_goes_on_from_the_encoder_of_another_run(finished: Path, tmp_path: Pa
 def test_resuming_a_finished_run_repeats_nothing(finished: Path) -> None:
     before = _record(finished)["metrics"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spark.measures, "speed", lambda run: None)
+        patch.setattr(spark, "_speed", lambda run: None)
         config = dataclasses.replace(TINY, comparisons="on")
         _run(config, finished.parent, resume=True)
     after = _record(finished)["metrics"]
@@ -173,12 +180,12 @@ def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:
     ("size", "levels"), [(224, (4, 8, 16, 32)), (128, (4, 8, 16, 32)), (64, (4, 8, 16)), (32, (4, 8))]
 )
 def test_scales_leave_four_patches_a_side(size: int, levels: tuple[int, ...]) -> None:
-    assert spark._levels(TINY, size) == levels
+    assert reductions_within(TINY.encoder, size) == levels
 
 
 def test_images_without_room_for_patches_are_refused() -> None:
     with pytest.raises(UserError, match=r"images of 8 pixels.*--size 16"):
-        spark._levels(TINY, 8)
+        reductions_within(TINY.encoder, 8)
 
 
 def test_paper_settings_are_the_published_ones(tmp_path: Path) -> None:
@@ -187,7 +194,8 @@ def test_paper_settings_are_the_published_ones(tmp_path: Path) -> None:
     assert (paper.pretrain.weight_decay, paper.pretrain.weight_decay_end) == (0.04, 0.2)
     assert (paper.pretrain.warmup_from, paper.pretrain.final_lr_ratio) == (0.005, 0.001)
     with Run.quick(tmp_path) as run:
-        objective = spark._objective(paper, run, spark._levels(paper, 224))
+        task = pretraining.open(dataclasses.replace(TINY, size=224), run)
+        objective = spark._objective(paper, task, reductions_within(paper.encoder, 224))
     assert objective.patch == 32
     head = sum(p.numel() for p in objective.encoder.model.fc.parameters())
     assert sum(p.numel() for p in objective.parameters()) - head == 52_921_835
@@ -243,7 +251,7 @@ def _published(tmp_path: Path) -> tuple[SparK, dict]:
 def test_published_files_are_converted_both_ways(tmp_path: Path) -> None:
     objective, trunk = _published(tmp_path)
     convert(tmp_path / "full.pth", tmp_path / "spark.safetensors", "spark", encoder="test_resnet")
-    again, size = spark.load_pretrained(tmp_path)
+    again, size = spark_files.load_pretrained(tmp_path)
     assert (size, again.ratio) == (96, 0.75)
     image, visible = torch.rand(1, 3, 96, 96), torch.eye(3, dtype=torch.bool)[None]
     with torch.no_grad():
@@ -260,6 +268,12 @@ def test_published_files_are_converted_both_ways(tmp_path: Path) -> None:
     path = str(tmp_path / "encoder.safetensors")
     loaded = timm.create_model("test_resnet", checkpoint_path=path, num_classes=0).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in trunk.items())
+
+
+def test_what_a_run_keeps_is_written_in_the_published_form(finished: Path, tmp_path: Path) -> None:
+    convert(finished / "kept" / "spark" / "model.safetensors", tmp_path / "back.pth", "spark")
+    config = torch.load(tmp_path / "back.pth", weights_only=True)["module"]["config"]
+    assert (config["mask_ratio"], config["sparse_encoder.input_size"]) == (0.6, 64)
 
 
 @pytest.mark.parametrize("name", ["resnet101", "convnext_small"])

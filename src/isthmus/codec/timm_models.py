@@ -68,11 +68,16 @@ def create_timm(name: str, **kwargs: Any) -> nn.Module:
 
 def headless(model: nn.Module) -> nn.Module:
     """A copy of a timm model without its classifier, for a file of what was trained without one."""
-    bare: Any = copy.deepcopy(model)
-    bare.reset_classifier(0)
-    if spec := bare.__dict__.get("_timm_spec"):
-        spec["kwargs"]["num_classes"] = 0
-    return bare
+    return with_classes(copy.deepcopy(model), 0)
+
+
+def with_classes(model: nn.Module, num_classes: int) -> nn.Module:
+    """The same timm model with a new classifier of so many classes, which its description says as well."""
+    whole: Any = model
+    whole.reset_classifier(num_classes)
+    if spec := whole.__dict__.get("_timm_spec"):
+        spec["kwargs"]["num_classes"] = num_classes
+    return model
 
 
 def line_for_timm(name: str, weights: str | os.PathLike[str], num_classes: int = 10) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from isthmus.codec import FeatureInfo, UserError, create_timm, part
@@ -91,6 +92,23 @@ def made_for(name: str, size: int | None) -> dict[str, Any]:
     if size is None or wanted is None or not wanted.fixed_input_size or wanted.input_size[1:] == (size, size):
         return {}
     return {"img_size": size}
+
+
+def reductions_within(name: str, size: int, cells: int = 4) -> tuple[int, ...]:
+    """The reductions of a timm model at which pictures of ``size`` pixels have at least ``cells`` cells a side.
+
+    Raises:
+        UserError: there is none.
+    """
+    with torch.device("meta"):
+        known = [info.reduction for info in Backbone(name).feature_info]
+    levels = tuple(level for level in known if level * cells <= size)
+    if not levels:
+        raise UserError(
+            f"images of {size} pixels leave no scale of {name} ({known}) with {cells} patches a side; use larger "
+            f"images (--size {cells * known[0]}), or name the scales with --levels."
+        )
+    return levels
 
 
 def _levels(model: nn.Module) -> dict[int, dict[str, Any]]:

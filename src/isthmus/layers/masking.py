@@ -161,3 +161,9 @@ def _check_count(keep: int, cells: int) -> None:
             f"{keep} of {cells} cells would stay visible; at least one must be visible and at least one hidden: "
             "change the mask ratio, or use larger images."
         )
+
+
+def grey_hidden(image: Tensor, visible: Tensor, patch: int) -> Tensor:
+    """A picture ``(B, C, H, W)`` in [0, 1] with its hidden cells in grey, for looking at."""
+    pixels = visible.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
+    return torch.where(pixels, image, torch.full_like(image, 0.5))

@@ -147,6 +147,13 @@ class SparK(nn.Module):
         filled = fill_hidden(prediction, image, visible.to(image.device), self.patch)
         return (filled * self.std + self.mean).clamp(0, 1)
 
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor, visible: Tensor) -> Tensor:
+        """A picture ``(B, 3, H, W)`` in [0, 1] with its hidden patches predicted; sets evaluation mode."""
+        self.eval()
+        normal = self.normalise(image)
+        return self.draw(normal, self.predict(normal, visible), visible)
+
 
 def visible_cells(cells: int, ratio: float) -> int:
     """How many of ``cells`` stay visible when a share ``ratio`` is hidden, rounded as Python rounds (half to even).

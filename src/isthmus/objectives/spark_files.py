@@ -125,12 +125,15 @@ def published_form(found: Checkpoint) -> dict[str, Any]:
     if not any(name.startswith("decoder.") for name in state):
         return dict(backbone_to_official(state))
     described = found.path.with_suffix(".json")
+    kept = found.path.with_name("saved.json")  # of a run
+    described = described if described.is_file() or not kept.is_file() else kept
     description = read_object(described, f"the file that tells how {found.path.name} was made, beside it")
-    size, mean, std = int(description["size"]), state["mean"], state["std"]
+    size = int(description["inputs"]["size"][0] if described is kept else description["size"])
+    made, mean, std = description["model" if described is kept else "objective"], state["mean"], state["std"]
     module: dict[str, Any] = dict(to_official(state))
     module |= {"imn_m": mean, "imn_s": std, "norm_black": torch.zeros(1, 3, size, size).sub(mean).div(std)}
     module["config"] = {
-        "mask_ratio": description["objective"]["kwargs"].get("ratio", 0.6),
+        "mask_ratio": made["kwargs"].get("ratio", 0.6),
         "densify_norm_str": "bn" if "decoder.densify.norms.0.running_mean" in state else "ln",
         "sbn": False,
         "hierarchy": sum(name.startswith("decoder.densify.mask_tokens.") for name in state),

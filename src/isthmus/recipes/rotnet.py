@@ -200,7 +200,6 @@ def run(config: Config, run: Run) -> None:
         run.figure("probes", figures.bars(probes), "Accuracy on frozen features, the same network untrained in grey.")
     else:
         run.note(f"{task.source} has no labels, so there is no probe.")
-    task.note_skipped()
 
 
 def answer(kept: Saved, item: Item) -> Answer:

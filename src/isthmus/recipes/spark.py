@@ -20,39 +20,37 @@ parquet:CIFAR10?limit=8000 --levels 2 4 8 --width 64 --output-stride 1 --compari
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from torchvision.transforms import Normalize
+from torch import Tensor, nn
 
-from isthmus import data
 from isthmus.catalog import published
-from isthmus.codec import UserError, save_weights
-from isthmus.codec.timm_models import headless, line_for_timm
-from isthmus.data.transforms import CenterCrop, Compose, Flip, Mixup, RandomResizedCrop, Resize
+from isthmus.codec import UserError, create_timm
+from isthmus.codec.timm_models import with_classes
+from isthmus.data.inputs import Inputs
+from isthmus.data.transforms import Compose, Flip, Mixup, Normalize, RandomResizedCrop, Transform
 from isthmus.data.transforms.augment import RandomErase, TrivialAugment
 from isthmus.decoders.spark_unet import SparKUNet
-from isthmus.encoders.backbone import Backbone
-from isthmus.engine.fit import fit
-from isthmus.engine.run import Run
-from isthmus.engine.training import Training
-from isthmus.layers.sparse_conv import check_leaks
+from isthmus.encoders.backbone import Backbone, reductions_within
+from isthmus.engine import Run, Training
+from isthmus.engine.timing import seconds
+from isthmus.layers.masking import grey_hidden, random_mask
+from isthmus.layers.random import derive_seed
+from isthmus.layers.sparse_conv import check_leaks, sparse_features, sparsity
 from isthmus.objectives import spark_files
-from isthmus.objectives.classification import Classification
-from isthmus.objectives.spark import IMAGENET_MEAN, IMAGENET_STD, SparK, visible_cells
-from isthmus.objectives.spark_files import load_pretrained as load_pretrained
-from isthmus.objectives.spark_files import write
-from isthmus.recipes import _spark_measures as measures
-from isthmus.recipes._spark_use import apply as apply
+from isthmus.objectives.spark import SparK, visible_cells
+from isthmus.report import figures
+from isthmus.saved import Saved
+from isthmus.tasks import pretraining
+from isthmus.tasks.applying import Answer, Item, side_by_side
+from isthmus.tasks.pretraining import PretrainingConfig, PretrainingTask
 
-needs = ("image", "label?")
-
-_Objective = TypeVar("_Objective", bound=nn.Module)
+needs = pretraining.NEEDS
 
 _PRETRAIN = Training(
     steps=300, batch_size=32, lr=2e-3, weight_decay=0.05, warmup_steps=30, clip=5.0, final_lr_ratio=0.01
@@ -63,7 +61,7 @@ _FINETUNE = Training(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PretrainingConfig):
     """Settings; the defaults take about three minutes on two cores."""
 
     data: str = "photos:64"
@@ -160,115 +158,83 @@ class Config:
         )
 
 
+def check(config: Config) -> None:
+    """Refuse numbers that cannot be, and settings of which one is for the other."""
+    if not 0 < config.ratio < 1:
+        raise UserError(f"--ratio {config.ratio} is the share of hidden patches, between 0 and 1.")
+    if (config.size is not None and config.size < 1) or config.labels_per_class < 0 or config.output_stride < 1:
+        raise UserError("--size and --output-stride are at least 1, --labels-per-class at least 0.")
+    if config.init and not Path(config.init).is_file():
+        raise UserError(f"--init: there is no file {config.init} to start from.")
+
+
 def run(config: Config, run: Run) -> None:
     """Pre-train, look at what it learnt, fine-tune where there are labels, and compare."""
-    if _is_tryout(run):
-        config = _small(config, run)
     compare = config.comparisons == "on" or (config.comparisons == "auto" and config.data == Config.data)
-    train = data.load(config.data, "train", needs, run.seed)
-    held_out = _validation(config, run, train)
-    size = config.size or _natural_size(train)
-    levels = _levels(config, size)
-
-    objective = _objective(config, run, levels)
-    grid = objective.grid(torch.empty(1, 3, size, size))
-    keep = visible_cells(grid[0] * grid[1], config.ratio)
+    with torch.device("meta"):
+        like = create_timm(config.encoder)
+    task = pretraining.open(config, run, like, most=224, fallback=True)
+    levels = config.levels or reductions_within(config.encoder, task.size)
+    objective = _objective(config, task, levels)
+    grid = objective.grid(torch.empty(1, 3, task.size, task.size))
     run.log(
-        f"{config.encoder}: {objective.patch}-pixel patches, {keep} of {grid[0] * grid[1]} visible, scales "
-        f"{', '.join(str(level) for level in levels)}. Checking that nothing leaks."
+        f"{config.encoder}: {objective.patch}-pixel patches, {visible_cells(grid[0] * grid[1], config.ratio)} of "
+        f"{grid[0] * grid[1]} visible, scales {', '.join(map(str, levels))}. Checking that nothing leaks."
     )
-    check_leaks(objective.encoder, size, objective.patch)
-    transform = Compose([RandomResizedCrop(size, (config.crop, 1)), Flip()])
-    objective = _fit(run, "pretrain", objective, train, config.pretrain, transform)
-    _save(run, config, objective, size)
+    check_leaks(objective.encoder, task.size, objective.patch)
+    transform = Compose([RandomResizedCrop(task.size, (config.crop, 1)), Flip()])
+    objective = task.pretrain("pretrain", objective, transform)
+    task.keep_for_timm(objective.encoder.model, config.encoder)
+    task.keep(objective, "encoder, decoder and tokens, for isthmus apply", "spark", _unnormalised(task))
 
-    seen = measures.held_out(held_out, size, objective, run, 8 if _is_tryout(run) else 256)
-    losses = {"spark": measures.mean_loss(objective, seen)}
-    run.metric("heldout_loss", losses["spark"], unit="of patch variance")
-    measures.structure(run, objective, seen)
-    pictures = {"SparK": objective}
+    seen = task.masked(objective.grid, partial(visible_cells, ratio=config.ratio))
+    loss = _mean_loss(objective, seen)
+    run.metric("heldout_loss", loss, unit="of patch variance")
+    _structure(run, objective, seen)
+    drawn = {"SparK": objective}
     encoders: dict[str, Backbone | None] = {"spark": objective.encoder, "scratch": None}
     if compare:
-        coarse = _objective(config, run, levels[-1:])
-        coarse = _fit(run, "pretrain-coarsest", coarse, train, config.pretrain, transform)
-        losses["coarsest"] = measures.mean_loss(coarse, seen)
-        run.metric("heldout_loss_coarsest", losses["coarsest"], unit="of patch variance")
-        run.metric("hierarchy_gain", 1 - losses["spark"] / losses["coarsest"], unit="lower with all scales")
-        pictures["coarsest scale only"] = coarse
-        zeroed = _objective(config, run, levels, mode="zeroed")
-        zeroed = _fit(run, "pretrain-zeroed", zeroed, train, config.pretrain, transform)
-        run.metric("heldout_loss_zeroed", measures.mean_loss(zeroed, seen), unit="of patch variance")
+        coarse = task.pretrain("pretrain-coarsest", _objective(config, task, levels[-1:]), transform)
+        alone = _mean_loss(coarse, seen)
+        run.metric("heldout_loss_coarsest", alone, unit="of patch variance")
+        run.metric("hierarchy_gain", 1 - loss / alone, unit="lower with all scales")
+        drawn["coarsest scale only"] = coarse
+        zeroed = task.pretrain("pretrain-zeroed", _objective(config, task, levels, mode="zeroed"), transform)
+        run.metric("heldout_loss_zeroed", _mean_loss(zeroed, seen), unit="of patch variance")
         encoders["zeroed"] = zeroed.encoder
-        measures.speed(run)
-    measures.draw(run, pictures, seen)
+        _speed(run)
+    _draw(run, drawn, seen)
+    _finetune_all(config, task, encoders)
 
-    if train.classes is None or "label" not in train.columns:
-        run.note("These pictures have no labels, so there was no fine-tuning; encoder.safetensors is what you need.")
-    else:
-        _finetune_all(config, run, train, size, encoders)
-    run.uses(held_out)
+
+def answer(kept: Saved, item: Item) -> Answer:
+    """Hide patches of a picture and predict them: original, visible part and prediction, side by side.
+
+    The picture keeps its shape; its shorter side becomes that of the training images.
+    """
+    objective: Any = kept.model
+    assert kept.inputs.size is not None
+    picture = item.image.float()[None] / 255
+    image = pretraining.scaled(picture, kept.inputs.size[0], objective.patch).to(objective.mean.device)
+    visible = objective.draw_mask(image, torch.Generator().manual_seed(derive_seed("apply", item.path.name)))
+    visible = visible.to(image.device)
+    with torch.no_grad():
+        loss = objective.loss(objective.normalise(image), visible).loss
+    panels = [image, grey_hidden(image, visible, objective.patch), objective.reconstruct(image, visible)]
+    facts = {
+        "hidden": round(1 - float(visible.float().mean()), 4),
+        "patch": objective.patch,
+        "loss_of_patch_variance": round(float(loss), 4),
+    }
+    return Answer(facts, files={"-spark.png": side_by_side(panels)})
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces
 
 
-def _is_tryout(run: Run) -> bool:
-    """A handful of steps are not to learn anything but to see that all is in order."""
-    return run.options.max_steps is not None and run.options.max_steps <= 10
-
-
-def _small(config: Config, run: Run) -> Config:
-    """Batches of at most eight images a device, so that a published setting can be tried out on a laptop."""
-    run.log("A try-out of a few steps: batches of at most eight images a device, and few images to measure on.")
-
-    def smaller(training: Training) -> Training:
-        batch_size = min(training.batch_size, 8 * run.world * training.accumulate)
-        return dataclasses.replace(training, batch_size=batch_size, workers=0)
-
-    return dataclasses.replace(config, pretrain=smaller(config.pretrain), finetune=smaller(config.finetune))
-
-
-def _fit(run: Run, phase: str, objective: _Objective, dataset: Any, training: Training, transform: Any) -> _Objective:
-    """Train, and take the moving average where there is one."""
-    fitted = fit(run, phase, objective, dataset, training, transform)
-    return cast(_Objective, fitted.ema or fitted.objective)
-
-
-def _validation(config: Config, run: Run, train: data.Dataset) -> data.Dataset:
-    """Images to look at; those of training where the source has so few that none can be kept back."""
-    try:
-        held_out = data.load(config.data, "val", needs, run.seed)
-    except UserError as error:
-        run.note(f"No validation images: {error} Training images are looked at instead.")
-        return train
-    return held_out if len(held_out) else train
-
-
-def _natural_size(dataset: data.Dataset) -> int:
-    """The shorter side of the images, 224 at most, a multiple of 32 from 32 on."""
-    shape = dataset.image_size or tuple(dataset[0]["image"].shape[1:])
-    side = min(*shape, 224)
-    return side // 32 * 32 if side >= 32 else side
-
-
-def _levels(config: Config, size: int) -> tuple[int, ...]:
-    """The scales asked for, or those that leave four patches a side."""
-    if config.levels:
-        return config.levels
-    with torch.device("meta"):
-        known = [info.reduction for info in Backbone(config.encoder).feature_info]
-    levels = tuple(level for level in known if level * 4 <= size)
-    if not levels:
-        raise UserError(
-            f"images of {size} pixels leave no scale of {config.encoder} ({known}) with four patches a side; use "
-            f"larger images (--size {4 * known[0]}), or name the scales with --levels."
-        )
-    return levels
-
-
-def _objective(config: Config, run: Run, levels: Sequence[int], mode: str = "auto") -> SparK:
+def _objective(config: Config, task: PretrainingTask, levels: Sequence[int], mode: str = "auto") -> SparK:
     """Encoder, decoder and objective; the same encoder weights for every variant of a run."""
-    run.seed_everything("model")
+    task.run.seed_everything("model")
     arguments = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     encoder = Backbone(config.encoder, reductions=list(levels), **arguments)
     if config.init:
@@ -278,80 +244,87 @@ def _objective(config: Config, run: Run, levels: Sequence[int], mode: str = "aut
         has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules())
         norm = "batch" if has_batch_norm else "layer"
     stride = min(config.output_stride, levels[0])
-    return SparK(encoder, SparKUNet(encoder.feature_info, config.width, norm, stride), config.ratio, mode=mode)
+    decoder = SparKUNet(encoder.feature_info, config.width, norm, stride)
+    return SparK(encoder, decoder, config.ratio, task.inputs.mean, task.inputs.std, mode)
 
 
-def _save(run: Run, config: Config, objective: SparK, size: int) -> None:
-    """The encoder as timm loads it, and all that ``apply`` needs."""
-    if run.is_first:
-        save_weights(headless(objective.encoder.model), run.dir / "encoder.safetensors")
-        write(run.dir / "spark.safetensors", objective, size)
-    call = line_for_timm(config.encoder, run.dir / "encoder.safetensors")
-    run.artifact("encoder", run.dir / "encoder.safetensors", f"the pre-trained encoder: {call}")
-    run.artifact("spark", run.dir / "spark.safetensors", "encoder, decoder and tokens, for isthmus apply")
+def _unnormalised(task: PretrainingTask) -> Inputs:
+    """The objective normalises pictures itself."""
+    return replace(task.inputs, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-# ------------------------------------------------------------------------------------------------------- fine-tuning
-
-
-def _finetune_all(
-    config: Config, run: Run, train: data.Dataset, size: int, encoders: dict[str, Backbone | None]
-) -> None:
+def _finetune_all(config: Config, task: PretrainingTask, encoders: dict[str, Backbone | None]) -> None:
     """Fine-tune every encoder on the same few labels, and compare on the test images."""
-    assert train.classes is not None
-    classes = len(train.classes)
-    few = _few(config, run, train)
-    test = data.load(config.data, "test", ("image", "label"), run.seed)
-    if _is_tryout(run):
-        test = test.select(range(min(8, len(test))))
-    if classes < 2 or not len(test):
-        run.note("Fine-tuning was left out: it needs at least two classes and some test images.")
+    run, size = task.run, task.size
+    test = task.load_test()
+    if test is None:
         return
-    steps: list[Any] = [RandomResizedCrop(size, (config.finetune_crop, 1)), Flip()]
-    if config.trivial_augment:
-        steps.append(TrivialAugment())
-    if config.erasing:
-        steps.append(RandomErase(config.erasing))
+    few = task.drawn_per_class(config.labels_per_class)
+    steps: list[Transform] = [RandomResizedCrop(size, (config.finetune_crop, 1)), Flip()]
+    steps += [TrivialAugment()] if config.trivial_augment else []
+    steps += [RandomErase(config.erasing)] if config.erasing else []
     if config.mixup or config.cutmix:
-        steps.append(Mixup(classes, config.mixup, config.cutmix, config.smoothing))
+        steps.append(Mixup(task.num_classes, config.mixup, config.cutmix, config.smoothing))
+    augmented = Compose([*steps, Normalize(task.inputs.mean, task.inputs.std)])
     for name, encoder in encoders.items():
         run.seed_everything("model")
         model: Any = Backbone(config.encoder).model if encoder is None else copy.deepcopy(encoder.model)
         run.seed_everything("head")
-        model.reset_classifier(classes)
-        training = dataclasses.replace(
-            config.finetune,
-            batch_size=min(config.finetune.batch_size, len(few)),
-            layer_decay=1.0 if encoder is None else config.finetune.layer_decay,
-        )
-        network = nn.Sequential(Normalize(IMAGENET_MEAN, IMAGENET_STD), model)
-        objective = Classification(network, smoothing=config.smoothing, binary=config.binary)
-        final = _fit(run, f"finetune-{name}", objective, few, training, Compose(steps))
+        model = with_classes(model, task.num_classes)
+        layer_decay = 1.0 if encoder is None else config.finetune.layer_decay
+        training = replace(config.finetune, layer_decay=layer_decay)
+        final = task.finetune(f"finetune-{name}", model, few, training, augmented, config.smoothing, config.binary)
         metric = f"accuracy_{name}"
-        run.metric(metric, _accuracy(final, test, size, run), published=published("spark").get(metric))
-        if name == "spark" and run.is_first:
-            save_weights(cast(nn.Sequential, final.model)[1], run.dir / "classifier.safetensors")
-    call = f"timm.create_model({config.encoder!r}, num_classes={classes}, checkpoint_path=...)"
-    run.artifact("classifier", run.dir / "classifier.safetensors", f"the fine-tuned network: {call}")
+        run.metric(metric, task.accuracy(final, test), published=published("spark").get(metric))
+        if name == "spark":
+            call = f"timm.create_model({config.encoder!r}, num_classes={task.num_classes}, checkpoint_path=...)"
+            task.keep(final, f"the fine-tuned network: {call}", "classifier", labels=task.classes)
 
 
-def _few(config: Config, run: Run, train: data.Dataset) -> data.Dataset:
-    """``labels_per_class`` training images of every class, drawn by the run's seed."""
-    if not config.labels_per_class:
-        return train
-    only = data.load(config.data, "train", ("label",), run.seed)
-    labels = torch.cat([batch["label"] for batch in data.evaluation_batches(only, 4096)])
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(run.seed))
-    chosen = [order[labels[order] == c][: config.labels_per_class] for c in range(len(train.classes or ()))]
-    return train.select(torch.cat(chosen).sort().values.numpy())
+# --------------------------------------------------------------------------------------------------------- measuring
 
 
-@torch.no_grad()
-def _accuracy(objective: Classification, test: data.Dataset, size: int, run: Run) -> float:
+def _mean_loss(objective: SparK, batches: Sequence[dict[str, Tensor]]) -> float:
     objective.eval()
-    right = count = 0
-    for batch in data.evaluation_batches(test, 128, transform=Compose([Resize(size), CenterCrop(size)])):
-        logits = objective.logits(batch["image"].to(run.fabric.device))
-        right += int((logits.argmax(1).cpu() == batch["label"]).sum())
-        count += len(logits)
-    return right / count
+    return pretraining.mean_loss(lambda b: objective.loss(objective.normalise(b["image"]), b["visible"]).loss, batches)
+
+
+def _structure(run: Run, objective: SparK, batches: Sequence[dict[str, Tensor]]) -> None:
+    """Hidden pixels change nothing; tiles are masked maps; hidden places stay empty through all stages."""
+    image, visible = objective.normalise(batches[0]["image"][:8]), batches[0]["visible"][:8]
+    found = sparsity(objective.encoder, image, visible, objective.patch)
+    run.metric("leak", found.leak)
+    run.metric("tile_error", found.tile_error)
+    run.metric("filled_excess", found.filled_excess, unit="of all places")
+    run.metric("filled_dense", found.filled_dense, unit="of all places")
+
+
+def _speed(run: Run, name: str = "resnet50", size: int = 224, batch: int = 2) -> None:
+    """Encoder time, forwards and backwards, of masked maps over that of tiles; the best of three each, in turn."""
+    run.seed_everything("speed")
+    device = run.fabric.device
+    encoder = Backbone(name).to(device).train()
+    image = torch.rand(batch, 3, size, size, device=device)
+    grid = (size // 32, size // 32)
+    keep = visible_cells(grid[0] * grid[1], 0.6)
+    visible = random_mask(batch, grid, keep, torch.Generator().manual_seed(0)).to(device)
+
+    def step(mode: str) -> None:
+        features: Any = sparse_features
+        torch.stack([level.sum() for level in features(encoder, image, visible, mode)]).sum().backward()
+
+    times = seconds({mode: partial(step, mode) for mode in ("masked", "tiled")}, 3, device, warm_up=0, threads=None)
+    run.metric("tile_speedup", min(times["masked"]) / min(times["tiled"]), unit="times, ResNet-50 encoder")
+
+
+def _draw(run: Run, objectives: dict[str, SparK], batches: Sequence[dict[str, Tensor]], count: int = 8) -> None:
+    """Original, what is visible, and predictions, side by side."""
+    image, visible = batches[0]["image"][:count], batches[0]["visible"][:count]
+    rows = {"original": image, "visible": grey_hidden(image, visible, next(iter(objectives.values())).patch)}
+    rows |= {name: objective.reconstruct(image, visible) for name, objective in objectives.items()}
+    run.figure(
+        "reconstructions",
+        figures.pictures(rows),
+        "Held-out images. Hidden patches are predicted in units of their own mean and contrast, and drawn with the "
+        "true ones, as in the paper.",
+    )

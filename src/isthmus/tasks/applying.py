@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from isthmus import saved
 from isthmus.codec import Output, UserError, write_atomically
@@ -195,3 +196,12 @@ def annotated(image: Tensor, caption: str) -> Figure:
     axis.set_title(caption, fontsize=11, parse_math=False)
     axis.axis("off")
     return figure
+
+
+def side_by_side(images: Sequence[Tensor], gap: int = 4) -> bytes:
+    """Pictures ``(1, 3, H, W)`` in [0, 1] of one height in a row, pixel for pixel, as a PNG."""
+    between = torch.ones(1, 3, images[0].shape[2], gap)
+    row = torch.cat([each for image in images for each in (image.cpu(), between)][:-1], 3)[0]
+    buffer = BytesIO()
+    to_pil_image(row.mul(255).round().byte()).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -8,7 +8,6 @@
     task.finetune("finetune", network, task.drawn_per_class(8), config.finetune)
     task.keep(objective, "what was pre-trained", "encoder")
     task.keep_for_timm(network, config.encoder)
-    task.note_skipped()
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ from torch import Tensor, nn
 from isthmus import saved
 from isthmus.codec import UserError, save_weights
 from isthmus.codec.timm_models import headless, line_for_timm
-from isthmus.data import Dataset, load
+from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.inputs import Inputs
-from isthmus.data.transforms import Transform
+from isthmus.data.transforms import CenterCrop, Compose, Resize, Transform
 from isthmus.engine import Run, Training, probing
 from isthmus.engine.evaluate import confusion_matrix
 from isthmus.engine.fit import fit
+from isthmus.layers.masking import random_mask
 from isthmus.objectives.classification import Classification
 
 #: Pictures are all that pre-training needs; labels, where there are some, are for probes and fine-tuning.
@@ -67,6 +67,7 @@ def open(
     eval_split: str = "val",
     fallback: bool = False,
     resize: int | None = None,
+    most: int | None = None,
 ) -> PretrainingTask:
     """Load the pictures of a run, find out their size and classes, and refuse what cannot be trained.
 
@@ -79,6 +80,8 @@ def open(
         eval_split: part of the data to measure on.
         fallback: measure on training pictures, with a note, where the source is too small to hold some back.
         resize: the shorter side of pictures before their middle is cut out; the size of the cut without it.
+
+        most: the largest side without ``config.size``; what the network was made for without it.
 
     Raises:
         UserError: a stream, nothing held out, fewer pictures than a batch, pictures that become smaller than the cut.
@@ -100,19 +103,20 @@ def open(
         raise UserError(f"{source} holds nothing out to measure on; give more images, or --eval-split train.")
     if held_out is None:
         run.note(f"No validation images:{reason} Training images are looked at instead.")
-    size = config.size or natural_size(train, network)
+    size = config.size or natural_size(train, network, most)
     if resize is not None and resize < size:
         raise UserError(f"--resize {resize} makes pictures smaller than the {size} pixels that are cut out of them.")
     inputs = Inputs.of(network, (size, size), crop_pct=size / (resize or size))
     task = PretrainingTask(config, run, source, train, train if held_out is None else held_out, size, inputs)
     task.check("--pretrain", config.pretrain, len(train))
+    run.uses(task.held_out)
     return task
 
 
-def natural_size(dataset: Dataset, network: nn.Module | None = None, most: int = 224) -> int:
+def natural_size(dataset: Dataset, network: nn.Module | None = None, most: int | None = None) -> int:
     """The pictures' shorter side, but no more than the network was made for; a multiple of 32 from 32 on."""
-    stats: Any = getattr(network, "pretrained_cfg", None)
-    side = min(*dataset.natural_size(), stats["input_size"][-1] if stats else most)
+    stats: Any = getattr(network, "pretrained_cfg", None) or {"input_size": (3, 224, 224)}
+    side = min(*dataset.natural_size(), most or stats["input_size"][-1])
     return side // 32 * 32 if side >= 32 else side
 
 
@@ -266,6 +270,45 @@ class PretrainingTask:
         )
         return int(table.diagonal().sum()) / max(int(table.sum()), 1)
 
+    def load_test(self) -> Dataset | None:
+        """The test pictures, on which fine-tuned networks are compared; ``None`` with a note where that cannot be."""
+        if not self.labelled:
+            self.run.note("These pictures have no labels, so there was no fine-tuning; the encoder is what you need.")
+            return None
+        test = load(self.source, "test", ("image", "label"), self.run.seed)
+        if self.num_classes < 2 or not len(test):
+            self.run.note("Fine-tuning was left out: it needs at least two classes and some test images.")
+            return None
+        self.run.uses(test)
+        return test.first(_FEW if self.run.few else 0)
+
+    # ------------------------------------------------------------------------------------------------ what is hidden
+
+    def masked(
+        self,
+        grid: Callable[[Tensor], tuple[int, int]],
+        visible_cells: Callable[[int], int],
+        number: int = 256,
+    ) -> list[dict[str, Tensor]]:
+        """Held-out pictures with masks that are the same for every objective of the run.
+
+        Args:
+            grid: rows and columns of patches of a batch of pictures.
+            visible_cells: how many of so many patches stay visible.
+            number: of pictures, at most.
+
+        Returns:
+            Batches on the device: ``image`` in [0, 1], and ``visible``, boolean ``(B, h, w)``.
+        """
+        transform = Compose([Resize(self.size), CenterCrop(self.size)])
+        generator, batches = torch.Generator().manual_seed(self.run.seed), []
+        chosen = self.held_out.first(_FEW if self.run.few else number)
+        for batch in evaluation_batches(chosen, 64, transform=transform):
+            shape = grid(batch["image"])
+            visible = random_mask(len(batch["image"]), shape, visible_cells(shape[0] * shape[1]), generator)
+            batches.append(self.run.fabric.to_device({"image": batch["image"], "visible": visible}))
+        return batches
+
     # ------------------------------------------------------------------------------------------------ what is kept
 
     def keep(
@@ -290,15 +333,12 @@ class PretrainingTask:
             save_weights(headless(network), path)
         self.run.artifact("encoder", path, f"the pre-trained encoder: {line_for_timm(name, path)}")
 
-    def note_skipped(self, *others: Dataset) -> None:
-        """Have the run say which pictures could not be read, when it ends."""
-        for dataset in (self.train, self.held_out, *others):
-            self.run.uses(dataset)
 
-
-def whole(size: int) -> Inputs:
-    """Pictures in [0, 1] whose shorter side is ``size``, for an objective that normalises them itself."""
-    return Inputs(size=(size, size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+@torch.no_grad()
+def mean_loss(loss: Callable[[dict[str, Tensor]], Tensor], batches: Sequence[dict[str, Tensor]]) -> float:
+    """The mean over pictures of what ``loss(batch)`` gives for :meth:`PretrainingTask.masked` batches."""
+    total = sum(loss(batch) * len(batch["image"]) for batch in batches)
+    return float(total) / sum(len(batch["image"]) for batch in batches)
 
 
 def scaled(image: Tensor, size: int, multiple: int) -> Tensor:

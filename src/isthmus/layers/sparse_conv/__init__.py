@@ -14,11 +14,13 @@ from .functional import (
     sparse_layer_norm,
     sparse_max_pool2d,
 )
+from .sparsity import Sparsity, sparsity
 from .tensor import SparseTensor, sparse_form
 
 __all__ = [
     "SparseContext",
     "SparseTensor",
+    "Sparsity",
     "check_leaks",
     "run_sparse",
     "sparse_avg_pool2d",
@@ -28,5 +30,6 @@ __all__ = [
     "sparse_form",
     "sparse_layer_norm",
     "sparse_max_pool2d",
+    "sparsity",
     "upsample_mask",
 ]
