@@ -42,6 +42,7 @@ _PARTS = {
     "isthmus.encoders.images.qlae": ("DenseEncoder", "QLAEEncoder"),
     "isthmus.encoders.images.token_mixers": ("MetaMixerMixers",),
     "isthmus.encoders.images.transnext": ("TransNeXt",),
+    "isthmus.encoders.images.unireplknet": ("UniRepLKNet",),
     "isthmus.encoders.signals.meg_conv": ("MEGConv",),
     "isthmus.encoders.signals.metamixer_forecaster": ("MetaMixerForecaster", "SeriesEncoder"),
     "isthmus.encoders.signals.sensor_attention": ("SpatialAttention",),

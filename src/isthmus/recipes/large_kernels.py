@@ -30,32 +30,33 @@ shape bias did not hold (-0.06), and of the others accuracy did (-0.009) and the
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from isthmus import saved
 from isthmus.catalog import published
-from isthmus.codec import UserError, create_timm
-from isthmus.data import Dataset, evaluation_batches, load
+from isthmus.codec import UserError, create_timm, write_atomically
+from isthmus.data import evaluation_batches, load
 from isthmus.data.dataset import Unreadable
+from isthmus.data.inputs import Inputs
 from isthmus.data.readers.decoding import decode_image
-from isthmus.data.transforms import Compose, Normalize, Resize
+from isthmus.encoders.backbone import made_for
 from isthmus.encoders.images.unireplknet import UniRepLKNet
 from isthmus.engine import Run, Training, read_config
-from isthmus.lenses.receptive_field import THRESHOLDS, ReceptiveField, Scale, normalise, receptive_field
-from isthmus.recipes import _image_classification as shared
-from isthmus.recipes._image_classification import IMAGENET, Augmentation
-from isthmus.recipes._large_kernels_cues import ask_for_cues
-from isthmus.report import figures
+from isthmus.engine.comparison import check_arms, count_parameters
+from isthmus.lenses.receptive_field import Scale, receptive_field
+from isthmus.tasks import applying, classification, receptive_fields
+from isthmus.tasks.classification import Augmentation, ClassificationConfig, ClassificationTask
+from isthmus.tasks.shape_bias import ask_for_cues
 
-needs = ("image", "label")
+needs = classification.NEEDS
 
 #: Kernels of every block, stage by stage.
 SMALL_NETWORKS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -66,7 +67,7 @@ SMALL_NETWORKS: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassificationConfig):
     """Settings of a run; the defaults take about two minutes on one core."""
 
     data: str = "scenes:32?space=easy&count=1800"
@@ -86,10 +87,6 @@ class Config:
     """Stochastic depth."""
     training: Training = Training(epochs=20, batch_size=64, lr=4e-3, weight_decay=0.05, warmup_epochs=1)
     """Training of every network."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Changes of training images."""
-    smoothing: float = 0.0
-    """Label smoothing."""
     field_data: str = "scenes:256?space=easy&count=8"
     """Pictures to measure the field on; they should be much larger than the field."""
     field_size: int = 256
@@ -102,8 +99,6 @@ class Config:
     """Training on them."""
     test_images: int = 1000
     """Held-out images to measure on; 0 is all."""
-    train_split: str = "train"
-    """Part of the data to train on."""
     eval_split: str = "test"
     """Part of the data to measure on, the field included."""
 
@@ -132,8 +127,8 @@ class Config:
         )
 
 
-def run(config: Config, run: Run) -> None:
-    """Train every network, measure its field, and ask what it goes by."""
+def check(config: Config) -> None:
+    """Refuse numbers out of range and networks that cannot be built."""
     if not config.networks or len(set(config.networks)) < len(config.networks):
         raise UserError(f"networks must be different names, at least one, got {config.networks}.")
     if config.size < 1 or min(config.test_images, config.cue_images) < 0:
@@ -141,98 +136,78 @@ def run(config: Config, run: Run) -> None:
             f"size {config.size} is at least 1, test_images {config.test_images} and cue_images {config.cue_images} at "
             "least 0."
         )
-    for name in config.networks:  # a wrong name is told before the first is trained
-        with torch.device("meta"):
-            make_network(replace(config, weights="random"), name, 2)
-    pictures = _field_pictures(config, run.seed)
-    source = held_out = None
-    classes: list[str] = []
-    if config.weights == "train":
-        source = load(config.data, config.train_split, needs, run.seed)
-        held_out = load(config.data, config.eval_split, needs, run.seed)
-        held_out = held_out.select(range(min(config.test_images or len(held_out), len(held_out))))  # type: ignore[arg-type]
-        classes = shared.class_names(source, held_out)
-        run.log(f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {len(classes)} classes.")
-    augmented, plain = _transforms(config, len(classes))
+    if config.field_images < 1 or config.field_size < 32:
+        raise UserError(
+            f"field_images must be at least 1 and field_size at least 32, got {config.field_images} and "
+            f"{config.field_size}."
+        )
+    untrained = replace(config, weights="random")
+    check_arms({name: partial(make_network, untrained, name, 2) for name in config.networks})
 
-    kept: Any = None
-    fields: dict[str, ReceptiveField] = {}
-    accuracies: dict[str, float] = {}
-    for name in config.networks:
-        run.seed_everything("network")
-        network = make_network(config, name, len(classes))
-        run.metric(f"parameters_{name}", sum(p.numel() for p in network.parameters()))
-        if source is not None and held_out is not None:
-            result: Any = shared.train(run, name, network, source, config.training, augmented, config.smoothing)
-            network = result.objective.model
-            table = shared.confusion(run, network, len(classes), held_out, plain)
-            accuracies[name] = shared.accuracy(table)
-            run.metric(f"accuracy_{name}", accuracies[name])
-            kept = network if kept is None else kept
-        fields[name] = _measure_field(run, config, name, network, pictures)
-    _compare(run, fields, accuracies)
-    run.figure(
-        "fields", _draw_fields(fields), "Where the centre of the last map looks: relative scale, mean over images."
-    )
-    run.figure("shares", _draw_shares(fields), "Share of the raw map inside a centred square as the square grows.")
-    if held_out is not None:
-        grey = next((name for name in config.networks[1:]), " ")
-        run.figure("accuracies", figures.bars(accuracies, grey=grey), "Accuracy on held-out images.")
-        shared.look(run, kept, classes, held_out, plain)
-        shared.keep(run, kept, classes, f"the network {config.networks[0]}")
-        _check_merge(run, kept, held_out, plain)
-        if config.cue_images:
-            nets = {name: functools.partial(make_network, config, name) for name in config.networks[:2]}
-            counts = config.cue_images, config.test_images or 1000
-            biases = ask_for_cues(run, nets, config.cue_training, config.size, counts, config.smoothing)
-            if {"large", "twin"} <= biases.keys():
-                run.metric("shape_bias_gain", biases["large"] - biases["twin"])
+
+def run(config: Config, run: Run) -> None:
+    """Train every network, measure its field, and ask what it goes by."""
+    source = load(config.field_data, config.eval_split, ("image",), run.seed).first(config.field_images)
+    pictures = receptive_fields.pictures(source, _inputs(config), config.field_size)
+    if config.weights != "train":
+        networks = {}
+        for name in config.networks:
+            run.seed_everything("network")
+            networks[name] = make_network(config, name)
+            run.metric(f"parameters_{name}", count_parameters(networks[name]), unit="parameters")
+        _fields(run, config, networks, pictures)
+        return
+    task = classification.open(config, run, _inputs(config))
+    arms = task.compare({name: partial(make_network, config, name) for name in config.networks})
+    _fields(run, config, {name: arm.model for name, arm in arms.arms.items()}, pictures)
+    accuracies = arms.values("accuracy")
+    rivals = [accuracies[name] for name in ("twin", "deep") if name in accuracies]
+    if "large" in accuracies and rivals:
+        run.metric("accuracy_over_small_kernels", accuracies["large"] - max(rivals))
+    grey = next(iter(config.networks[1:]), " ")
+    arms.bars("accuracy", "Accuracy on held-out images.", grey, "accuracies")
+    task.show(arms.first.model)
+    task.keep(arms.first.model, f"the network {arms.first.name}", field_size=config.field_size)
+    _check_merge(run, arms.first.model, task)
+    if config.cue_images:
+        makers: dict[str, Callable[[int], nn.Module]] = {
+            name: partial(make_network, config, name) for name in config.networks[:2]
+        }
+        counts = config.cue_images, config.test_images or 1000
+        biases = ask_for_cues(run, makers, config.cue_training, config.size, counts, config.smoothing)
+        if {"large", "twin"} <= biases.keys():
+            run.metric("shape_bias_gain", biases["large"] - biases["twin"])
 
 
 def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Classify pictures with the first of the trained networks, and measure its field on them.
+    """Classify pictures with the first of the trained networks, and measure its field, the mean over all of them.
 
-    Writes ``classes.json``, every picture with its class above it, ``field.json`` (sides and areas of the squares that
-    hold given shares of the field, in the three scales) and ``field.png``.
+    Beside the answers there are ``field.json`` (sides and areas of the squares that hold given shares of the field, in
+    the three scales) and ``field.png``.
     """
-    saved = read_config(run_dir)["config"]
-    if saved["weights"] != "train":
+    if read_config(run_dir)["config"]["weights"] != "train":
         raise UserError(f"{run_dir} measured networks as they were and trained none; run with --weights train.")
-    config = Config(
-        networks=tuple(saved["networks"]),
-        widths=tuple(saved["widths"]),
-        **{key: saved[key] for key in ("size", "layer_scale", "field_size")},
-    )
-    name, made = config.networks[0], []
-
-    def make(classes: int) -> nn.Module:
-        made.append(make_network(config, name, classes))
-        return made[-1]
-
-    written = shared.classify(run_dir, inputs, out, make, _transforms(config, 1)[1])
-    resize, pictures = _field_transform(config), []
+    kept = saved.load(run_dir)
+    written = applying.apply(kept, inputs, out, classification.answer)
+    size = int(kept.facts["field_size"])
+    transform, pictures = receptive_fields.transform(kept.inputs, size), []
     for path in inputs:
         try:
             image = decode_image(path)
         except Unreadable:
-            continue  # classes.json says so
-        pictures.append(resize({"image": image[None].float() / 255}, torch.Generator())["image"][0])
-    found = receptive_field(_sized(made[0], config.field_size), pictures)
-    told: dict[str, Any] = {"network": name, "pixels": config.field_size, "images": found.images}
-    told["rms_radius"] = found.rms_radius
-    for scale in ("raw", "relative", "published"):
-        side, ratio = found.area_ratio(scale=scale)
-        rows = zip(THRESHOLDS, side.tolist(), ratio.tolist(), strict=True)
-        told[scale] = {f"{t:g}": {"side": s, "share_of_picture": round(r, 5)} for t, s, r in rows}
-    (out / "field.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    found.figure().savefig(out / "field.png")
+            continue  # the answers say so
+        pictures.append(transform({"image": image[None].float() / 255}, torch.Generator())["image"][0])
+    field = receptive_field(receptive_fields.sized(kept.model.cpu(), size), pictures)
+    facts = {"pixels": size, **receptive_fields.facts(field)}
+    write_atomically(out / "field.json", (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(out / "field.png", applying.png(field.figure()))
     return [*written, out / "field.json", out / "field.png"]
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
 
 
-def make_network(config: Config, name: str, classes: int) -> nn.Module:
+def make_network(config: Config, name: str, num_classes: int = 0) -> nn.Module:
     """One of the networks that ``Config.networks`` names."""
     if name in SMALL_NETWORKS:
         kernels = SMALL_NETWORKS[name]
@@ -240,37 +215,32 @@ def make_network(config: Config, name: str, classes: int) -> nn.Module:
             [len(stage) for stage in kernels],
             config.widths,
             kernels,
-            num_classes=classes,
+            num_classes=num_classes,
             drop_path_rate=config.drop_path,
             layer_scale=config.layer_scale,
         )
     arguments: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     if config.weights == "train":
-        arguments["num_classes"] = classes
+        arguments["num_classes"] = num_classes
     if config.weights == "pretrained":
         arguments["pretrained"] = True
     if name == "replknet_13b":
         name, arguments = "replknet_31b", {**arguments, "large_kernel_sizes": (13, 13, 13, 13)}
-    return _sized(create_timm(name, **arguments), config.size)
+    return create_timm(name, **arguments, **made_for(name, config.size))
 
 
-def _sized(network: nn.Module, size: int) -> nn.Module:
-    """Transformers have positions for one size."""
-    if hasattr(network, "set_input_size"):
-        network.set_input_size(img_size=(size, size))  # type: ignore[operator]
-    return network
+def _inputs(config: Config) -> Inputs:
+    """What the networks are fed: what the first of them was made for."""
+    with torch.device("meta"):
+        network = make_network(replace(config, weights="random"), config.networks[0])
+    return Inputs.of(network, (config.size, config.size))
 
 
-def _transforms(config: Config, classes: int) -> tuple[Any, Any]:
-    pct = 0.875 if config.size >= 224 else 1.0
-    return shared.transforms(config.size, classes, config.augmentation, smoothing=config.smoothing, crop_pct=pct)
-
-
-def _check_merge(run: Run, network: nn.Module, held_out: Dataset, plain: Any) -> None:
-    """Merge the branches of the kept network, which is on the disk already, and tell how far its logits move."""
+def _check_merge(run: Run, network: nn.Module, task: ClassificationTask) -> None:
+    """Merge the branches of the kept network, which is on the disk already, and say how far its logits move."""
     if not hasattr(network, "reparameterize"):
         return
-    batch = next(evaluation_batches(held_out, min(256, len(held_out)), transform=plain))
+    batch = next(evaluation_batches(task.held_out, min(256, len(task.held_out)), transform=task.measured))
     x = run.fabric.to_device(batch["image"])
     with torch.no_grad():
         before = network.eval()(x)
@@ -281,76 +251,14 @@ def _check_merge(run: Run, network: nn.Module, held_out: Dataset, plain: Any) ->
 # ---------------------------------------------------------------------------------------------------- receptive fields
 
 
-def _field_transform(config: Config) -> Compose:
-    return Compose([Resize((config.field_size, config.field_size)), Normalize(*IMAGENET)])
-
-
-def _field_pictures(config: Config, seed: int) -> list[Tensor]:
-    """Pictures ``(3, S, S)``, normalised."""
-    if config.field_images < 1 or config.field_size < 32:
-        raise UserError(
-            f"field_images must be at least 1 and field_size at least 32, got {config.field_images} and "
-            f"{config.field_size}."
-        )
-    source = load(config.field_data, config.eval_split, ("image",), seed)
-    count = min(config.field_images, len(source))
-    chosen = evaluation_batches(source.select(range(count)), 1, transform=_field_transform(config))  # type: ignore[arg-type]
-    return [batch["image"][0] for batch in chosen]
-
-
-def _measure_field(
-    run: Run, config: Config, name: str, network: nn.Module, pictures: Sequence[Tensor]
-) -> ReceptiveField:
-    """The field of one network, recorded in the three scales."""
-    if hasattr(network, "set_input_size"):
-        network = _sized(copy.deepcopy(network), config.field_size)
-    network.to(run.fabric.device)
-    found = receptive_field(network, [run.fabric.to_device(picture) for picture in pictures])
-    run.metric(f"raw_area_{name}", float(found.area_ratio((0.5,), "raw").ratio))
-    run.metric(f"relative_area_{name}", float(found.area_ratio((0.2,), "relative").ratio))
+def _fields(run: Run, config: Config, networks: Mapping[str, nn.Module], pictures: Sequence[Tensor]) -> None:
+    """The field of every network, and what the claims are about, as far as the small networks are among them."""
     reported = published("large-kernels") if config.field_size == 1024 else {}  # of 50 ImageNet validation images
-    for threshold, ratio in zip(THRESHOLDS, found.area_ratio().ratio.tolist(), strict=True):
-        metric = f"published_area_{100 * threshold:.0f}_{name}"
-        run.metric(metric, ratio, published=reported.get(metric))
-    run.metric(f"rms_radius_{name}", found.rms_radius, unit="px")
-    if found.skipped:
-        run.note(
-            f"{name}: {len(found.skipped)} images were left out of its field, their gradients being zero or infinite."
-        )
-    return found
-
-
-def _compare(run: Run, fields: Mapping[str, ReceptiveField], accuracies: Mapping[str, float]) -> None:
-    """What the claims are about, as far as the three small networks were among those asked for."""
-    if "large" not in fields:
-        return
+    fields = receptive_fields.measure(run, networks, pictures, config.field_size, reported)
+    receptive_fields.draw(run, fields)
     measures: tuple[tuple[Scale, float], ...] = (("raw", 0.5), ("relative", 0.2))
-    for other in ("twin", "deep"):
+    for other in ("twin", "deep") if "large" in fields else ():
         for scale, threshold in measures if other in fields else ():
             large, small = (float(fields[n].area_ratio((threshold,), scale).ratio) for n in ("large", other))
             if min(large, small) > 0:  # else it looks beyond the picture
                 run.metric(f"{scale}_area_over_{other}", large / small)
-    rivals = [accuracies[name] for name in ("twin", "deep") if name in accuracies]
-    if rivals:
-        run.metric("accuracy_over_small_kernels", accuracies["large"] - max(rivals))
-
-
-def _draw_fields(fields: Mapping[str, ReceptiveField]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.6 * len(fields) + 0.4, 2.9), layout="constrained")
-    axes = figure.subplots(1, len(fields), squeeze=False)[0]
-    for axis, (name, found) in zip(axes, fields.items(), strict=True):
-        axis.imshow(normalise(found.map, "relative").cpu().numpy(), cmap="viridis", vmin=0, vmax=1)
-        axis.set_title(f"{name}, rms {found.rms_radius:.1f} px", fontsize=9)
-        axis.set_axis_off()
-    return figure
-
-
-def _draw_shares(fields: Mapping[str, ReceptiveField]) -> Any:
-    curves = {}
-    for name, found in fields.items():
-        thresholds = [i / 50 for i in range(2, 49)]
-        side = found.area_ratio(thresholds, "raw").side.tolist()
-        curves[name] = [(float(s), t) for s, t in zip(side, thresholds, strict=True) if s > 0] or [(0.0, 0.0)]
-    return shared.curves(curves, "side of the centred square, pixels", "share")

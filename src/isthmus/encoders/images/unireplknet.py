@@ -21,6 +21,7 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.codec import part
 from isthmus.codec.published import Published, classes_in, with_head_norm
 from isthmus.encoders.images.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
@@ -137,6 +138,7 @@ def default_kernels(depths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     return (3,) * depths[0], (13,) * depths[1], third, (13,) * depths[3]
 
 
+@part
 class UniRepLKNet(Pyramid):
     """The network, with timm's interface.
 
