@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SYSTEM ?= spark
 
-.PHONY: demo test lint claims bench install clean
+.PHONY: demo test lint claims bench faults install clean
 
 demo: install  ## pre-train a convnet without labels on built-in data and show what it learnt
 	$(BIN)/isthmus run spark --out runs/demo
@@ -13,8 +13,8 @@ test: install  ## every test, two at a time
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: install  ## style, types on the public surface, import contracts
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks faults
+	$(BIN)/ruff format --check src tests benchmarks faults
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m isthmus.catalog --check
@@ -24,6 +24,9 @@ claims: install  ## the verdict over seeds of every ready system, recorded in re
 
 bench: install  ## speed and memory beside named peers, recorded in results/benchmarks
 	for script in $(filter-out common,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do $(BIN)/python -m benchmarks.$$script || exit 1; done
+
+faults: install  ## kills, full disks, damaged files and odd arguments, counted in results/faults; SECONDS for each kind
+	$(BIN)/python -m faults --seconds $(or $(SECONDS),60) --add
 
 install: .venv/.installed
 

@@ -234,3 +234,17 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor | None], told: str,
     content = {name: tensor for name, tensor in (STATE | change).items() if tensor is not None}
     with pytest.raises(UserError, match="does not fit Sequential: .*" + told):
         load_into(network(), read_checkpoint(saved(tmp_path, content)))
+
+
+def test_a_file_whose_end_tells_of_several_disks_is_told(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "w.pth")
+    data = bytearray((tmp_path / "w.pth").read_bytes())
+    locator = data.rfind(b"PK\x06\x07")
+    end = data.rfind(b"PK\x05\x06")
+    if locator < 0:  # the record that zip files of more than 4 GiB have
+        data[end:end] = b"PK\x06\x07" + bytes(4) + bytes(8) + (2).to_bytes(4, "little")
+    else:
+        data[locator + 16 : locator + 20] = (2).to_bytes(4, "little")
+    (tmp_path / "w.pth").write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"w\.pth is (no checkpoint|cut short)"):
+        read_checkpoint(tmp_path / "w.pth")

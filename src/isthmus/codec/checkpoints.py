@@ -214,9 +214,16 @@ def _damage(path: Path, error: Exception) -> str:
         return f"{path} is no checkpoint that can be read safely: it asks to run code ({_short(error)})."
     with path.open("rb") as stream:
         start = stream.read(2)
-    if start == b"PK" and not zipfile.is_zipfile(path):
+    if start == b"PK" and not _is_zip(path):
         return f"{path} is cut short: its end is missing."
     return f"{path} is no checkpoint that can be read safely; it may be cut short or foreign ({_short(error)})."
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an end that tells of several disks
+        return False
 
 
 def _short(error: Exception) -> str:
