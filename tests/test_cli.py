@@ -27,6 +27,8 @@ from isthmus import catalog, cli, recipes
 from isthmus.catalog import Claim, System
 from isthmus.cli import claiming
 from isthmus.cli.completion import candidates
+from isthmus.codec import UserError
+from isthmus.engine.guard import Diverged
 
 TOY = '''
 """Toy: measures its own settings, so that tests know what to expect.
@@ -54,7 +56,7 @@ class Config:
     """What it will measure."""
     widths: tuple[int, ...] = (8, 16)
     """Widths."""
-    mode: Literal["plain", "user", "bug", "missing", "disk", "sleep", "silent"] = "plain"
+    mode: Literal["plain", "user", "bug", "value", "part", "missing", "disk", "sleep", "silent"] = "plain"
     """What goes wrong."""
     train: Training = TRAINING
     """How it would train."""
@@ -75,6 +77,11 @@ def run(config, run):
         raise UserError("the mask hides everything; lower it.")
     if config.mode == "bug":
         raise RuntimeError("a bug\\n  on two lines")
+    if config.mode == "value":
+        int("a bug of ours")
+    if config.mode == "part":
+        from isthmus.layers.gnconv import GlobalLocalFilter
+        GlobalLocalFilter(7, (2, 2))
     if config.mode == "missing":
         import shapely_is_not_here  # noqa: F401
     if config.mode == "disk":
@@ -315,17 +322,18 @@ def test_help_of_a_recipe_lists_its_flags_and_teaches(call: Call, toy: Path) -> 
     [
         (["--gian", "3"], "there is no flag --gian; nearest: --gain"),
         (["--train.lrr", "3"], "there is no flag --train.lrr; nearest: --train.lr"),
-        (["--train.lr", "-3"], "lr must be above 0, got -3.0."),
+        (["--train.lr", "-3"], "--train.lr is above 0, got -3.0."),
         (["--zzz"], "there is no flag --zzz; `isthmus run toy --help` lists all"),
         (["--gain", "much"], "Error parsing --gain: could not convert string to float: 'much'."),
         (["--gain"], "Missing value for argument '--gain'"),
         (["--widths"], "widths must name at least one width."),
-        (["--seed", "-1"], "seed must be 0 or more, got -1."),
+        (["--seed", "-1"], "--seed is at least 0, got -1."),
         (["--scale", "huge"], "--scale is laptop or paper, not 'huge'."),
         (["--mode", "odd"], "invalid choice 'odd' for argument '--mode'"),
         (["--mode", "user"], "the mask hides everything; lower it."),
         (["--mode", "missing"], "this needs the package shapely_is_not_here"),
         (["--mode", "disk"], "No space left on device"),
+        (["--mode", "part"], "7 channels have no two halves"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_exit_code_two(call: Call, toy: Path, flags: list[str], said: str) -> None:
@@ -339,23 +347,68 @@ def test_a_mistake_gets_one_sentence_and_exit_code_two(call: Call, toy: Path, fl
 
 def test_a_mistake_leaves_nothing_in_the_way_of_the_corrected_command(call: Call, toy: Path) -> None:
     assert call("run", "toy", *QUIET, "--mode", "user")[0] == 2
-    assert not list((toy / "runs").iterdir())
+    assert "lower it" in (toy / "runs/toy-seed0/report.html").read_text()
     assert call("run", "toy", *QUIET)[0] == 0
+    assert [path.name for path in (toy / "runs").iterdir()] == ["toy-seed0"]
     assert call("run", "toy", "--resume", "--out", "runs/toy-seed0", *QUIET)[0] == 0
     assert (toy / "runs/toy-seed0/report.html").is_file()
 
 
-def test_a_bug_is_told_in_one_line_and_shown_whole_on_request(
-    call: Call, toy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_is_shown_whole_and_leaves_the_run(call: Call, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = toy_run(call, "runs/toy", "--mode", "bug")
     assert code == 1
-    assert err == "isthmus: RuntimeError: a bug on two lines (set ISTHMUS_DEBUG=1 to see where it happened)\n"
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("isthmus: RuntimeError: a bug on two lines (a bug of isthmus")
     assert json.loads((toy / "runs/toy/report.json").read_text())["status"] == "failed"
     assert "This run failed. a bug" in (toy / "runs/toy/report.html").read_text()
     monkeypatch.setenv("ISTHMUS_DEBUG", "1")
     with pytest.raises(RuntimeError, match="a bug"):
         toy_run(call, "runs/other", "--mode", "bug")
+
+
+def test_an_error_that_no_person_made_is_a_bug_even_where_a_value_is_at_fault(call: Call, toy: Path) -> None:
+    code, _, err = toy_run(call, "runs/toy", "--mode", "value")
+    assert code == 1
+    assert "invalid literal for int()" in err
+    assert "Traceback" in err
+
+
+def test_a_recipes_own_check_comes_before_the_folder(call: Call, toy: Path) -> None:
+    def check(config: Any) -> None:
+        raise UserError("--gain and --widths contradict each other.")
+
+    recipes.load("toy").check = check  # type: ignore[attr-defined]
+    assert toy_run(call)[::2] == (2, "isthmus: --gain and --widths contradict each other.\n")
+    assert call("claim", "toy")[0] == 2
+    assert not (toy / "runs").exists()
+
+
+def test_settings_that_are_damaged_on_disk_are_named_with_their_file(call: Call, toy: Path) -> None:
+    toy_run(call)
+    path = toy / "runs/toy/config.json"
+    whole = json.loads(path.read_text())
+    for changed in (
+        {"options": None},
+        {"config": {**whole["config"], "train": 5}},
+        {"config": {**whole["config"], "train": {"steps": "x"}}},
+        {"options": {**whole["options"], "seed": -1}},
+    ):
+        path.write_text(json.dumps(whole | changed))
+        code, _, err = call("run", "toy", "--resume", "--out", "runs/toy")
+        assert code == 2, err
+        assert "runs/toy/config.json" in err
+        assert err.count("\n") == 1
+
+
+def test_a_divergence_is_a_failed_run_that_names_its_phase(call: Call, toy: Path) -> None:
+    def run(config: Any, run: Any) -> None:
+        raise Diverged("pretrain: the loss is nan at step 3; this phase has no checkpoint yet.")
+
+    recipes.load("toy").run = run  # type: ignore[attr-defined]
+    code, _, err = toy_run(call)
+    assert code == 1
+    assert err == "isthmus: pretrain: the loss is nan at step 3; this phase has no checkpoint yet.\n"
+    assert (toy / "runs/toy/report.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -449,7 +502,8 @@ def seeds_in_process(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def launcher(threads: int | None, accelerator: str | None) -> claiming.Launch:
         def launch(system: System, seed: int, folder: Path) -> int:
             launched.append(seed)
-            return cli.main(["run", system.name, "--seed", str(seed), "--out", str(folder), "--resume", *QUIET])
+            resume = ["--resume"] if (folder / "config.json").is_file() else []
+            return cli.main(["run", system.name, "--seed", str(seed), "--out", str(folder), *resume, *QUIET])
 
         return launch
 

@@ -178,14 +178,14 @@ def test_late_judgement_still_comes_before_a_checkpoint(tmp_path: Path) -> None:
     from isthmus.engine.guard import Finite
 
     good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
-    finite = Finite(lambda: None, lag=True, scaled=False)
+    finite = Finite("train", lambda: None, lag=True, scaled=False)
     finite.watch(0, torch.arange(2), bad, good)
-    with pytest.raises(Diverged, match=r"the loss is inf at step 0 \(samples 0, 1\); there is no checkpoint yet"):
+    with pytest.raises(Diverged, match=r"the loss is inf at step 0 \(samples 0, 1\); this phase has no checkpoint yet"):
         finite.watch(1, None, good, good)
     finite.watch(2, None, good, bad)
     with pytest.raises(Diverged, match="gradient norm is inf at step 2"):
         finite.judge()
-    scaled = Finite(lambda: None, lag=False, scaled=True)
+    scaled = Finite("train", lambda: None, lag=False, scaled=True)
     scaled.watch(3, None, good, bad)
     with pytest.raises(Diverged, match="the loss is inf"):
         scaled.watch(4, None, bad, good)
@@ -317,7 +317,7 @@ def test_patience_ends_training_with_the_weights_of_the_lowest_loss(tmp_path: Pa
         train(tmp_path / "none", patience=3)
     with pytest.raises(UserError, match="patience watches loss; evaluate gives accuracy"):
         train(tmp_path / "other", evaluate=lambda _: {"accuracy": 1.0}, evaluate_every=1, patience=3)
-    with pytest.raises(UserError, match="patience must be above 0"):
+    with pytest.raises(UserError, match="patience is at least 1, got 0"):
         Training(steps=1, patience=0)
 
 

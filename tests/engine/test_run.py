@@ -17,6 +17,7 @@ import torch
 from isthmus.codec import UserError
 from isthmus.engine import Run, RunOptions, read_config
 from isthmus.engine.run import launched_by_others, make_fabric
+from isthmus.report import read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +86,101 @@ def test_an_unfinished_run_asks_for_resume(tmp_path: Path, monkeypatch: pytest.M
         assert run.dir.name == "spark-seed0"
 
 
-def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
-    with Run("spark", None, options(out=tmp_path / "new", resume=True)) as run:
+def test_there_must_be_a_run_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no run in new to go on with"):
+        Run("spark", None, options(out=Path("new"), resume=True))
+    with pytest.raises(UserError, match="there is no run in runs/spark-seed0 to go on with"):
+        Run("spark", None, options(resume=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_half_written_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/.config.json.ab").touch()
+    with Run("spark", None, options(out=tmp_path / "r", resume=True)) as run:
         assert not run.resumed
+        (run.dir / "figures").mkdir()
+        left = [run.dir / name for name in (".report.json.x_1", "figures/.a.png.abcd1234", ".m.safetensors.12.part")]
+        others = [run.dir / name for name in (".hidden", ".notes.txt", "a.json.bak")]
+        for path in (*left, *others):
+            path.write_text("half")
+    with Run("spark", None, options(out=tmp_path / "r", resume=True)):
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in others)
+
+
+def test_nothing_is_deleted_when_a_run_fails(tmp_path: Path) -> None:
+    def work(run: Run) -> None:
+        run.log("an hour of work")
+        (run.dir / "circuit.npy").write_bytes(b"work")
+        raise UserError("too few leaves.")
+
+    with pytest.raises(UserError, match="too few"), Run("spark", None, options(out=tmp_path / "r")) as run:
+        work(run)
+    assert (tmp_path / "r/circuit.npy").read_bytes() == b"work"
+    assert "an hour of work" in (tmp_path / "r/log.txt").read_text()
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        Run("spark", None, options(out=tmp_path / "r"))
+
+
+def test_the_corrected_command_may_have_the_folder_of_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such mixer"), Run("spark", Config(), options(out=tmp_path / "r")):
+        raise UserError("no such mixer.")
+    with Run("spark", Config(widths=(8,)), options(out=tmp_path / "r")) as run:
+        assert not run.resumed
+    assert read_config(tmp_path / "r")["config"]["widths"] == [8]
+
+
+def test_options_that_change_the_weights_are_not_changed_and_others_are_told(tmp_path: Path) -> None:
+    with Run("spark", None, options(out=tmp_path / "r", threads=1)):
+        pass
+    with pytest.raises(UserError, match="with precision '32-true', now it is 'bf16-mixed'"):
+        Run("spark", None, options(out=tmp_path / "r", resume=True, threads=1, precision="bf16-mixed"))
+    with Run("spark", None, options(out=tmp_path / "r", resume=True, threads=2)):
+        pass
+    with Run("spark", None, options(out=tmp_path / "r", resume=True, threads=1)):
+        pass
+    notes = json.loads((tmp_path / "r/report.json").read_text())["notes"]
+    assert any("Resumed with threads 2 in place of 1" in note for note in notes)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "isthmus-report", "version": 1}'])
+def test_a_damaged_record_does_not_stop_a_resumed_run(tmp_path: Path, content: str) -> None:
+    with Run("spark", None, options(out=tmp_path / "r")):
+        pass
+    (tmp_path / "r/report.json").write_text(content)
+    with Run("spark", None, options(out=tmp_path / "r", resume=True)) as run:
+        run.metric("accuracy", 1.0)
+    report = json.loads((tmp_path / "r/report.json").read_text())
+    assert report["metrics"]["accuracy"]["value"] == 1
+    assert "report.json" in report["notes"][0]
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"name": "spark"}', "[" * 100_000])
+def test_a_damaged_config_is_one_sentence_with_the_file(tmp_path: Path, content: str) -> None:
+    with Run("spark", None, options(out=tmp_path / "r")):
+        pass
+    (tmp_path / "r/config.json").write_text(content)
+    with pytest.raises(UserError, match=r"r/config\.json"):
+        Run("spark", None, options(out=tmp_path / "r", resume=True))
+
+
+def test_a_resumed_run_records_the_command_that_made_it(tmp_path: Path) -> None:
+    with Run("spark", None, options(out=tmp_path / "r"), command="isthmus run spark --lr 2"):
+        pass
+    with Run("spark", None, options(out=tmp_path / "r", resume=True), command="isthmus run spark --out r"):
+        pass
+    assert json.loads((tmp_path / "r/report.json").read_text())["command"] == "isthmus run spark --lr 2"
+
+
+def test_a_record_without_its_process_is_interrupted(tmp_path: Path) -> None:
+    run = Run("spark", None, options(out=tmp_path / "r"))
+    assert read(tmp_path / "r")["status"] == "running"
+    run.close()  # as the system does when a process is killed
+    assert read(tmp_path / "r")["status"] == "interrupted"
+    with Run("spark", None, options(out=tmp_path / "r", resume=True)) as run:
+        assert read(tmp_path / "r")["status"] == "running"
 
 
 def test_resuming_with_other_settings_names_the_difference(tmp_path: Path) -> None:

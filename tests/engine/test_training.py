@@ -15,19 +15,19 @@ from isthmus.engine import RunOptions, Training
     [
         ({}, "either steps or epochs"),
         ({"steps": 5, "epochs": 2}, "either steps or epochs"),
-        ({"steps": 0}, "steps must be above 0, got 0"),
-        ({"steps": 5, "lr": -1.0}, "lr must be above 0"),
-        ({"steps": 5, "lr": float("nan")}, "lr must be above 0"),
-        ({"steps": 5, "weight_decay": -0.1}, "weight_decay must be 0 or more"),
+        ({"steps": 0}, "steps is at least 1, got 0"),
+        ({"steps": 5, "lr": -1.0}, "lr is above 0"),
+        ({"steps": 5, "lr": float("nan")}, "lr is above 0, got nan"),
+        ({"steps": 5, "weight_decay": -0.1}, "weight_decay is at least 0"),
         ({"steps": 5, "warmup_steps": 2, "warmup_epochs": 1.0}, "warmup_steps or warmup_epochs"),
-        ({"steps": 5, "ema": 1.0}, "ema is a decay between 0 and 1"),
-        ({"steps": 5, "layer_decay": 1.5}, "layer_decay is a share"),
-        ({"steps": 5, "betas": (0.9, 1.0)}, "betas must lie in"),
+        ({"steps": 5, "ema": 1.0}, "ema is above 0 and below 1"),
+        ({"steps": 5, "layer_decay": 1.5}, "layer_decay is above 0 and at most 1"),
+        ({"steps": 5, "betas": (0.9, 1.0)}, "betas is at least 0 and below 1"),
         ({"steps": 5, "schedule": "cosin"}, "schedule must be cosine"),
         ({"steps": 5, "milestones": (3,)}, "milestones go with"),
         ({"steps": 5, "schedule": "multistep"}, "milestones go with"),
         ({"steps": 5, "batch_size": 10, "accumulate": 3}, "cannot be cut into 3"),
-        ({"steps": 5, "clip": 0.0}, "clip must be above 0"),
+        ({"steps": 5, "clip": 0.0}, "clip is above 0"),
     ],
 )
 def test_wrong_values_are_named(settings: dict[str, Any], sentence: str) -> None:
@@ -63,5 +63,5 @@ def test_a_warm_up_must_end_before_the_phase() -> None:
 
 @pytest.mark.parametrize("name", ["devices", "max_steps", "log_every", "save_every"])
 def test_options_of_the_run_are_checked_too(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be 1 or more"):
+    with pytest.raises(ValueError, match=f"{name} is at least 1, got 0"):
         RunOptions(**{name: 0})

@@ -15,7 +15,7 @@ import pytest
 
 from isthmus import catalog, recipes
 from isthmus.catalog import System
-from isthmus.cli.running import restored
+from isthmus.cli.flags import restored
 from isthmus.engine.options import RunOptions
 from isthmus.report import plain
 

@@ -49,13 +49,13 @@ def test_published_augmentation_has_the_published_order() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crop": 0}, "crop is the smallest share"),
-        ({"crop": 2}, "crop is the smallest share"),
-        ({"padding": -2}, "padding must be 0 or more, got -2"),
-        ({"mixup": -1}, "mixup must be 0 or more, got -1"),
-        ({"cutmix": float("nan")}, "cutmix must be 0 or more, got nan"),
-        ({"erasing": 3}, "erasing is the share of the images"),
-        ({"repeats": 0}, "repeats counts the copies"),
+        ({"crop": 0}, "crop is above 0 and at most 1"),
+        ({"crop": 2}, "crop is above 0 and at most 1"),
+        ({"padding": -2}, "padding is at least 0, got -2"),
+        ({"mixup": -1}, "mixup is at least 0, got -1"),
+        ({"cutmix": float("nan")}, "cutmix is at least 0, got nan"),
+        ({"erasing": 3}, "erasing is from 0 to 1"),
+        ({"repeats": 0}, "repeats is at least 1"),
     ],
 )
 def test_impossible_augmentation_is_refused(change: dict[str, Any], message: str) -> None:

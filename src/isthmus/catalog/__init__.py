@@ -6,7 +6,7 @@ Everything here is read from TOML, from the recipes' source and from ``results/`
 
 from isthmus.catalog.entries import PARTS, Claim, System, UnknownSystem, find, published, systems
 from isthmus.catalog.readme import MARKS, markdown_table, update_readme
-from isthmus.catalog.recipe import Setting, docstring, settings
+from isthmus.catalog.recipe import Setting, docstring, settings, told
 from isthmus.catalog.results import figure_of, measured, results_folder, verdict_of
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "results_folder",
     "settings",
     "systems",
+    "told",
     "update_readme",
     "verdict_of",
 ]

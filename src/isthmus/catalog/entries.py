@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from isthmus.errors import UserError
+
 PARTS = (
     "encoder",
     "bottleneck",
@@ -41,7 +43,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 Rule = Literal["mean", "every"]
 
 
-class UnknownSystem(ValueError):
+class UnknownSystem(UserError):
     """No system has that name; the message shows the nearest ones."""
 
 

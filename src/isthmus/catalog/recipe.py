@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from isthmus import bounds
 from isthmus.catalog import source
 from isthmus.catalog.source import Class, Value
 
@@ -32,6 +34,12 @@ class _Field:
     default: Value | None
     doc: str
 
+    @property
+    def told(self) -> str:
+        """The documentation, and the bounds where there are any."""
+        stated = ", ".join(str(bound) for bound in _bounds(self.annotation))
+        return f"{self.doc} ({stated})" if stated else self.doc
+
 
 def settings(recipe: Path, class_name: str = "Config") -> list[Setting]:
     """The fields of a recipe's ``Config``, those of its bases included, read from source.
@@ -45,6 +53,14 @@ def settings(recipe: Path, class_name: str = "Config") -> list[Setting]:
         return []
     config = Class(module.classes[class_name], module)
     return _settings(config, {}, _paper(config), "", top=True)
+
+
+def told(path: Path, class_name: str) -> dict[str, str]:
+    """What a dataclass's fields mean, by name, and what they may be."""
+    module = source.read(path)
+    if class_name not in module.classes:
+        return {}
+    return {name: field.told for name, field in _fields(Class(module.classes[class_name], module)).items()}
 
 
 def docstring(recipe: Path) -> str:
@@ -76,7 +92,7 @@ def _settings(
         values = ["" if value is None else source.written(value) for value in (default, published)]
         paper = values[1] if published is not None and (top or values[0] != values[1]) else None
         usual = not top and name not in here and name not in (there or {})
-        told.append(Setting(prefix + name, _type(field.annotation), values[0], paper, field.doc, usual))
+        told.append(Setting(prefix + name, _type(field.annotation), values[0], paper, field.told, usual))
     return told
 
 
@@ -129,9 +145,36 @@ def _is_dataclass(found: Class) -> bool:
 
 
 def _type(annotation: Value) -> str:
-    """A type as written; the words themselves where its name stands for a ``Literal``."""
+    """A type as written, without bounds; the words themselves where its name stands for a ``Literal``."""
     behind = source.resolved(annotation).node
-    return ast.unparse(behind if ast.unparse(behind).startswith("Literal[") else annotation.node)
+    if ast.unparse(behind).startswith("Literal["):
+        return ast.unparse(behind)
+    if not _bounds(annotation):
+        return ast.unparse(annotation.node)
+    return ast.unparse(_Unbound().visit(source.inlined(annotation)))
+
+
+class _Unbound(ast.NodeTransformer):
+    """``int`` in place of ``Annotated[int, at_least(1)]``."""
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        self.generic_visit(node)
+        return node.slice.elts[0] if _annotated(node) else node  # type: ignore[union-attr]
+
+
+def _annotated(node: ast.AST) -> bool:
+    named = isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Annotated"
+    return named and isinstance(node.slice, ast.Tuple)
+
+
+def _bounds(annotation: Value) -> list[bounds.Bound]:
+    """The bounds in a type; those whose table cannot be read without an import are left out."""
+    found = []
+    for node in ast.walk(source.inlined(annotation)):
+        for extra in node.slice.elts[1:] if _annotated(node) else ():  # type: ignore[union-attr]
+            with contextlib.suppress(Exception):
+                found.append(eval(ast.unparse(extra), {"__builtins__": {}, **vars(bounds)}))
+    return [bound for bound in found if isinstance(bound, bounds.Bound)]
 
 
 def _comment(lines: list[str], node: ast.AnnAssign) -> str:

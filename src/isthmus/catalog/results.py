@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.catalog.entries import Claim, System
+from isthmus.errors import UserError
 
 
 def results_folder() -> Path:
@@ -22,7 +23,7 @@ def measured(system: System, results: Path | None = None) -> dict[str, Any] | No
     """The newest verdict file of a system (its form is in ``cli/claiming.py``); ``None`` where nothing was measured.
 
     Raises:
-        ValueError: the file is not JSON of the known form.
+        UserError: the file is not JSON of the known form.
     """
     path = (results or results_folder()) / "claims" / f"{system.name}.json"
     if not path.is_file():
@@ -30,9 +31,9 @@ def measured(system: System, results: Path | None = None) -> dict[str, Any] | No
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); measure it again or restore it.") from error
+        raise UserError(f"{path} is no JSON ({error}); measure it again or restore it.") from error
     if not isinstance(found, dict) or found.get("format") != "isthmus-claims":
-        raise ValueError(f"{path} was not written by `isthmus claim`; move it away.")
+        raise UserError(f"{path} was not written by `isthmus claim`; move it away.")
     return found
 
 

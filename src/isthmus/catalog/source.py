@@ -231,6 +231,11 @@ def _returned(function: ast.FunctionDef) -> ast.expr | None:
     return returns[0].value if len(returns) == 1 and function.body[-1] is returns[0] else None
 
 
+def inlined(value: Value) -> ast.expr:
+    """An expression with names of constants replaced by them."""
+    return _Inlined(value.module).visit(copy.deepcopy(value.node))
+
+
 def written(value: Value) -> str:
     """An expression as source, with names of constants replaced by them, and computed where that takes no import."""
     node = _Inlined(value.module).visit(copy.deepcopy(resolved(value).node if _named(value.node) else value.node))

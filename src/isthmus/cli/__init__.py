@@ -1,14 +1,15 @@
 """The command line: list · show · run · claim · apply · report · convert · completion.
 
-Exit codes: 0 all went well; 1 a claim's verdict differs from the recorded one, or the run failed; 2 a mistake in the
-command or its input; 130 interrupted. Nothing here imports torch until a command needs it. ``ISTHMUS_DEBUG=1`` shows
-the traceback behind a one-line error.
+Exit codes: 0 all went well; 1 a claim's verdict differs from the recorded one, the run failed, or a bug (with its
+traceback); 2 a mistake in the command or its input; 130 interrupted. Nothing here imports torch until a command needs
+it. ``ISTHMUS_DEBUG=1`` shows the traceback behind a one-line error.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from isthmus.cli.parser import build_parser
@@ -53,16 +54,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Print one sentence about an error and return the exit code it deserves."""
+    """Say what went wrong, and return the exit code it deserves.
+
+    What a person can mend is one sentence: mistakes in the command or its input, files, a full disk. A run that could
+    not go on for reasons of its own is one too, with another code. All else is a bug, shown whole.
+    """
+    from isthmus.errors import RunFailed, UserError
+
+    sentence = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "isthmus":
         _say(_missing_package(error.name.partition(".")[0]))
         return USAGE
-    if isinstance(error, (ValueError, OSError)):
-        # Mistakes that can be mended: arguments, files, a full disk.
-        _say(" ".join(str(error).split()) or type(error).__name__)
+    if isinstance(error, RunFailed):
+        _say(sentence)
+        return FAILED
+    if isinstance(error, (UserError, OSError)) or _refused_argument(error):
+        _say(sentence)
         return USAGE
-    _say(f"{type(error).__name__}: {' '.join(str(error).split())} (set ISTHMUS_DEBUG=1 to see where it happened)")
+    traceback.print_exception(error)
+    _say(f"{type(error).__name__}: {sentence} (a bug of isthmus, or of a package it uses)")
     return FAILED
+
+
+def _refused_argument(error: Exception) -> bool:
+    """Whether a constructor of ours refused what it was given: settings of the person at the keyboard."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    parts = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    ours = parts and parts[-1].startswith("isthmus.") and not parts[-1].startswith(("isthmus.engine", "isthmus.cli"))
+    return (
+        bool(ours)
+        and type(error) is ValueError
+        and any(
+            frame.f_code.co_name in ("__init__", "__post_init__") and name.startswith("isthmus.")
+            for frame, name in zip(frames, parts, strict=True)
+        )
+    )
 
 
 def _missing_package(package: str) -> str:

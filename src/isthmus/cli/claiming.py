@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,24 +31,22 @@ from rich.text import Text
 
 from isthmus import catalog, recipes
 from isthmus.catalog import System
+from isthmus.cli.flags import check
 from isthmus.cli.listing import MARKS
+from isthmus.errors import RunFailed, UserError
 
 FORMAT, VERSION = "isthmus-claims", 1
 Launch = Callable[[System, int, Path], int]
 
 
-class RunFailed(RuntimeError):
-    """A seed did not finish, so there is no verdict."""
-
-
-class NoVerdict(ValueError):
+class NoVerdict(UserError):
     """The data that the claims are about are not at hand; the message tells which."""
 
 
 def claim(arguments: argparse.Namespace) -> int:
     """Measure one system, or all that are ready; exit code 1 where a verdict differs from the recorded one."""
     if arguments.all == bool(arguments.name):
-        raise ValueError("name one system, or give --all.")
+        raise UserError("name one system, or give --all.")
     chosen = [s for s in catalog.systems() if s.ready and s.claims] if arguments.all else [catalog.find(arguments.name)]
     results = arguments.results or Path("results")
     launch = _launcher(arguments.threads, arguments.accelerator)
@@ -87,27 +84,28 @@ def measure(
         launch: runs the recipe with a seed in a folder, going on with what is there; returns an exit code.
 
     Raises:
-        ValueError: there is nothing to claim, or the seeds are not fit.
+        UserError: there is nothing to claim, or the seeds are not fit.
         NoVerdict: the recipe's own data are not all there.
         RunFailed: a run ended with an error.
     """
     from isthmus.report import Verdict, code, judge, plain, read, versions
 
     if not system.ready:
-        raise ValueError(f"{system.name} has no recipe yet, so nothing can be measured.")
+        raise UserError(f"{system.name} has no recipe yet, so nothing can be measured.")
     if not system.claims:
-        raise ValueError(f"{system.name} claims nothing yet; claims stand in catalog/data/{system.slug}.toml.")
+        raise UserError(f"{system.name} claims nothing yet; claims stand in catalog/data/{system.slug}.toml.")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"--seeds takes different numbers from 0 on, got {' '.join(map(str, seeds)) or 'none'}.")
+        raise UserError(f"--seeds takes different numbers from 0 on, got {' '.join(map(str, seeds)) or 'none'}.")
     recipe = recipes.load(system.name)
     if hasattr(recipe, "no_verdict") and (reason := recipe.no_verdict(recipe.Config())):
         raise NoVerdict(reason)
+    check(recipe, recipe.Config())
     now = {"code": code(system.name), "versions": versions(), "config": plain(recipe.Config())}
     reports = {}
     for seed in seeds:
         folder = out / system.name / f"seed{seed}"
         if (folder / "report.json").is_file() and any(read(folder).get(key) != value for key, value in now.items()):
-            shutil.rmtree(folder)  # measured by other code or with other settings
+            _move_away(folder)  # measured by other code or with other settings
         if not (folder / "finished.json").is_file():
             ended = launch(system, seed, folder)
             if ended == 130:
@@ -166,6 +164,14 @@ def write(record: dict[str, Any], results: Path) -> Path:
     return path
 
 
+def _move_away(folder: Path) -> None:
+    """Rename a run's folder to the next free ``NAME-before-N`` beside it."""
+    number = 1
+    while (beside := folder.with_name(f"{folder.name}-before-{number}")).exists():
+        number += 1
+    folder.rename(beside)
+
+
 def _launcher(threads: int | None, accelerator: str | None) -> Launch:
     """Runs a seed in a process of its own, so that no seed inherits memory or state from the one before."""
     flags = ["--threads", str(threads)] if threads else []
@@ -174,7 +180,8 @@ def _launcher(threads: int | None, accelerator: str | None) -> Launch:
     def launch(system: System, seed: int, folder: Path) -> int:
         command = [sys.executable, "-m", "isthmus.cli", "run", system.name, "--seed", str(seed), "--out", str(folder)]
         sys.stderr.write(f"{system.name}, seed {seed}\n")
-        process = subprocess.Popen([*command, "--resume", *flags], stdout=subprocess.DEVNULL)
+        begun = ["--resume"] if (folder / "config.json").is_file() else []
+        process = subprocess.Popen([*command, *begun, *flags], stdout=subprocess.DEVNULL)
         try:
             return process.wait()
         except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from isthmus import __version__
 from isthmus.catalog import PARTS
+from isthmus.errors import UserError
 
 _TOP = """\
 start here
@@ -190,7 +191,7 @@ def build_parser() -> _Parser:
 
 
 def _name_first(arguments: argparse.Namespace) -> int:
-    raise ValueError("name the system first: isthmus run NAME [flags]; `isthmus list --ready` shows the names.")
+    raise UserError("name the system first: isthmus run NAME [flags]; `isthmus list --ready` shows the names.")
 
 
 def _common(parser: argparse.ArgumentParser, results: bool = False, json: bool = False) -> None:

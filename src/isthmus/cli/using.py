@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus import catalog, recipes
+from isthmus.errors import UserError
 
 
 def apply(arguments: argparse.Namespace) -> int:
@@ -21,7 +22,7 @@ def apply(arguments: argparse.Namespace) -> int:
     folder = arguments.run
     name = read_config(folder)["name"]
     if not (folder / "finished.json").is_file():
-        raise ValueError(f"{folder} is not finished; go on with `isthmus run {name} --resume --out {folder}` first.")
+        raise UserError(f"{folder} is not finished; go on with `isthmus run {name} --resume --out {folder}` first.")
     recipe = recipes.load(name)
     inputs = _files(arguments.inputs)
     out = arguments.out or folder / "applied"
@@ -58,7 +59,7 @@ def report(arguments: argparse.Namespace) -> int:
     runs = arguments.runs or _runs_here()
     for run in runs:
         if not run.exists():
-            raise ValueError(f"there is no {run}; give the folders of runs, such as those under runs/.")
+            raise UserError(f"there is no {run}; give the folders of runs, such as those under runs/.")
     target = arguments.out or (runs[0] / "report.html" if len(runs) == 1 and runs[0].is_dir() else Path("report.html"))
     if target.is_dir():
         target = target / "report.html"
@@ -81,12 +82,12 @@ def convert(arguments: Sequence[str]) -> int:
     system = catalog.find(parsed.system).name if parsed.system else ""
     if system and system not in tables.PUBLISHED:
         known = ", ".join(tables.PUBLISHED)
-        raise ValueError(f"{system} has no published checkpoint to convert; those that have: {known}.")
+        raise UserError(f"{system} has no published checkpoint to convert; those that have: {known}.")
     if helped:
         return _options_of(system)
     out = parsed.out or parsed.official.with_suffix(".safetensors")
     if out.resolve() == parsed.official.resolve():
-        raise ValueError(f"{out} would overwrite the checkpoint; give another --out.")
+        raise UserError(f"{out} would overwrite the checkpoint; give another --out.")
 
     from isthmus.codec import published
     from isthmus.codec.checkpoints import read_checkpoint
@@ -104,13 +105,13 @@ def _with_flags(read: Callable[..., Any], make: Callable[..., Any] | None, rest:
     """Call ``read`` with what of ``make``'s keywords is given as flags."""
     import tyro
 
-    from isthmus.cli.running import check_flags, through_tyro
+    from isthmus.cli.flags import check_flags, through_tyro
 
     options = list(inspect.signature(make).parameters)[1:] if make is not None else []
     check_flags(rest, [*(f"--{name}" for name in options), *(f"--no-{name}" for name in options), "--help"], prog)
     if make is None or not options:
         if rest:
-            raise ValueError(f"{prog} takes nothing else, got {' '.join(rest)}.")
+            raise UserError(f"{prog} takes nothing else, got {' '.join(rest)}.")
         return read()
 
     def keep(_found: None, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -136,19 +137,19 @@ def _files(inputs: Sequence[Path]) -> list[Path]:
     """Inputs as files; a folder stands for the files in it.
 
     Raises:
-        FileNotFoundError: an input does not exist, or a folder holds nothing.
+        UserError: an input does not exist, or a folder holds nothing.
     """
     found: list[Path] = []
     for path in inputs:
         if not path.exists():
-            raise FileNotFoundError(f"there is no file {path}.")
+            raise UserError(f"there is no file {path}.")
         inside = (
             sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
             if path.is_dir()
             else [path]
         )
         if not inside:
-            raise FileNotFoundError(f"the folder {path} holds no file.")
+            raise UserError(f"the folder {path} holds no file.")
         found += inside
     return found
 
@@ -157,5 +158,5 @@ def _runs_here() -> list[Path]:
     """Every run under ``runs/``, oldest first."""
     found = [path.parent for path in Path("runs").rglob("report.json")]
     if not found:
-        raise ValueError("there are no runs under runs/; give their folders, or start one with `isthmus run NAME`.")
+        raise UserError("there are no runs under runs/; give their folders, or start one with `isthmus run NAME`.")
     return sorted(found, key=lambda folder: (folder / "report.json").stat().st_mtime)

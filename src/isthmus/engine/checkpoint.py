@@ -169,12 +169,6 @@ class Checkpoints:
             raise UserError(f"{error} Delete {self.result.name} to train this phase again.") from error
 
 
-def clean(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
-
-
 class Clock:
     """Decides when a checkpoint is due: every so many steps or seconds, and never for more than 2 % of the time.
 

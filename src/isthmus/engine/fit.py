@@ -104,7 +104,7 @@ def fit(
 
     stream = batches(start, run.rank, run.world) if batches else _load(run, phase, dataset, training, start, transform)
     clock = Clock(run.options.save_every, run.options.save_seconds)
-    finite = Finite(files.newest, lag=run.fabric.device.type != "cpu", scaled=learner.scaler is not None)
+    finite = Finite(phase, files.newest, lag=run.fabric.device.type != "cpu", scaled=learner.scaler is not None)
     logs = Scalars(run.dir, phase, curves, write=run.is_first, tensorboard=run.options.tensorboard)
     with Signals() as signals, logs as scalars, Bar(run, phase, start, steps, training.batch_size) as bar:
         done = start

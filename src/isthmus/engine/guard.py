@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from isthmus.codec import UserError
+from isthmus.errors import RunFailed
 
 PATIENCE = 100
 """Steps in a row that the scaler may skip; it halves its scale every time, so that more cannot help."""
@@ -25,7 +25,7 @@ class Interrupted(SystemExit):
         super().__init__(130)
 
 
-class Diverged(UserError):
+class Diverged(RunFailed):
     """Loss or gradient is not finite."""
 
 
@@ -33,13 +33,14 @@ class Finite:
     """Watches loss and gradient norm without making the device wait: each step is judged when the next one is queued.
 
     Args:
+        phase: what is trained, for the message.
         lag: judge a step later (accelerators) or at once (CPU).
         good: finds the last good checkpoint, for the message.
         scaled: gradients are scaled for 16 bits and the scaler skips steps whose gradients overflow, which is no error.
     """
 
-    def __init__(self, good: Callable[[], Path | None], lag: bool, scaled: bool) -> None:
-        self.good, self.lag, self.scaled = good, lag, scaled
+    def __init__(self, phase: str, good: Callable[[], Path | None], lag: bool, scaled: bool) -> None:
+        self.phase, self.good, self.lag, self.scaled = phase, good, lag, scaled
         self._open: tuple[int, Any, Tensor, Tensor] | None = None
         self._skipped = 0
 
@@ -64,15 +65,17 @@ class Finite:
         finite_loss, finite_norm = math.isfinite(loss.item()), math.isfinite(norm.item())
         self._skipped = 0 if finite_norm else self._skipped + 1
         if self._skipped == PATIENCE:
-            raise Diverged(f"gradients overflowed in {PATIENCE} steps in a row; use bf16-mixed or 32-true.")
+            raise Diverged(
+                f"{self.phase}: gradients overflowed in {PATIENCE} steps in a row; use bf16-mixed or 32-true."
+            )
         if finite_loss and (self.scaled or finite_norm):
             return
         what = f"the loss is {loss.item()}" if not finite_loss else f"the gradient norm is {norm.item()}"
         ids = index.flatten().tolist() if isinstance(index, Tensor) else []
         some = f" (samples {', '.join(map(str, ids[:8]))}{', …' if len(ids) > 8 else ''})" if ids else ""
         good = self.good()
-        kept = f"the last good checkpoint is {good}" if good is not None else "there is no checkpoint yet"
-        raise Diverged(f"{what} at step {step}{some}; {kept}. Lower the learning rate or clip gradients.")
+        kept = f"the last good checkpoint is {good}" if good is not None else "this phase has no checkpoint yet"
+        raise Diverged(f"{self.phase}: {what} at step {step}{some}; {kept}. Lower the learning rate or clip gradients.")
 
 
 class Signals:

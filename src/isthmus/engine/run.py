@@ -24,8 +24,9 @@ from isthmus.catalog import Claim
 from isthmus.codec import UserError, write_atomically
 from isthmus.engine import checkpoint, folder, sharding
 from isthmus.engine.options import RunOptions
+from isthmus.errors import RunFailed
 from isthmus.layers.random import ShardedGenerator, derive_seed
-from isthmus.report import Record, environment
+from isthmus.report import Record, environment, record
 
 
 class Run:
@@ -81,7 +82,8 @@ class Run:
         self._lock: folder.Lock | None = None
         self._remarks: set[str] = set()
         self._skipped: list[list[tuple[str, str]]] = []
-        self.dir, self.resumed = self._open()
+        self.dir, before = self._open(scale, command)
+        self.resumed, command = before.resumed, before.command or command
         self.phases: list[str] = []
         self._began = time.monotonic()
         known = {"seed": self.seed, "scale": scale, "config": config, "options": self.options, "command": command}
@@ -94,28 +96,29 @@ class Run:
         self.seed_everything("start")
         if self.resumed:
             self.log(f"Going on with {self.dir}.")
+        if before.remark:
+            self.note(before.remark)
 
-    def _open(self) -> tuple[Path, bool]:
+    def _open(self, scale: str, command: str) -> tuple[Path, folder.Before]:
         """Find and enter the folder on the first process, and tell the others how it went."""
-        answer: tuple[str, bool, str] = ("", False, "")
+        path, before, problem = Path(), folder.Before(False, "", ""), ""
         if self.is_first:
             try:
                 path = folder.choose(self.name, self.options)
                 self._lock = folder.Lock(path)
-                resumed = folder.enter(path, self.name, self.config, self.options)
+                folder.clean(path)
+                before = folder.enter(path, self.name, self.config, self.options, scale, command)
                 write_atomically(path / "environment.json", json.dumps(environment(), indent=1).encode())
                 (path / folder.FINISHED).unlink(missing_ok=True)
-                checkpoint.clean(path / "checkpoints")
-                answer = (str(path), resumed, "")
             except OSError as error:
-                answer = ("", False, f"the folder of the run cannot be written: {checkpoint.disk_sentence(error)}")
+                problem = f"the folder of the run cannot be written: {checkpoint.disk_sentence(error)}"
             except UserError as error:
-                answer = ("", False, str(error))
-        path_text, resumed, problem = self.fabric.broadcast(answer)
+                problem = str(error)
+        path_text, told, problem = self.fabric.broadcast((str(path), tuple(before), problem))
         if problem:
             self.close()
             raise UserError(problem)
-        return Path(path_text), resumed
+        return Path(path_text), folder.Before(*told)
 
     @classmethod
     def quick(cls, parent: Path, seed: int = 0, name: str = "quick", config: Any = None, **options: Any) -> Run:
@@ -133,13 +136,23 @@ class Run:
             elif issubclass(kind, (KeyboardInterrupt, SystemExit)):
                 self._tell("finish", "interrupted", f"go on with: {self.resume_command}")
                 self.log(f"Interrupted; go on with: {self.resume_command}")
+            elif self.world > 1 and sharding.is_lost(error):
+                self._abandon(error)
             else:
-                self._tell("finish", "failed", str(error))
+                self._tell("finish", "failed", str(error), isinstance(error, UserError))
         except UserError:
             if kind is None:
                 raise  # otherwise the first error is the one to tell
         finally:
             self.close()
+
+    def _abandon(self, error: BaseException | None) -> None:
+        """Say that another process is gone, also in the record, where that was the one that keeps it."""
+        sentence = f"another process of this run ended; go on with: {self.resume_command}"
+        if not self.is_first and not folder.Lock.is_held(self.dir):
+            self._guard(record.abandon, self.dir, sentence)
+        self._tell("finish", "failed", sentence)
+        raise RunFailed(sentence) from error
 
     def finish(self) -> None:
         """Mark the run as complete."""

@@ -24,6 +24,14 @@ def strategy() -> ModelParallelStrategy:
     return ModelParallelStrategy(_shard)
 
 
+def is_lost(error: BaseException | None) -> bool:
+    """Whether a collective failed because another process is gone, as gloo, NCCL and the store tell it."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    signs = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe", "store")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     fully_shard(module, mesh=init_device_mesh(mesh.device_type, (torch.distributed.get_world_size(),)))
     return module

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from isthmus.bounds import Count, Natural, Positive, Range, Share, at_least, check_made
 from isthmus.codec import UserError
 from isthmus.engine.optim import Schedule
 
@@ -18,97 +19,72 @@ class Training:
         UserError: a value is out of range; the sentence names the field and what it may be.
     """
 
-    steps: int | None = None
+    steps: Count | None = None
     """Length in optimiser steps; give this or ``epochs``."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Length in passes over the data (the rest of a pass that fills no batch is left out)."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Samples that one optimiser step sees, over all devices and accumulated parts together."""
     optimizer: str = "adamw"
     """Any optimiser name of timm: adamw, lamb, sgd (with Nesterov's momentum), momentum (without), …"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate, for this batch size."""
-    betas: tuple[float, ...] | None = None
+    betas: tuple[Annotated[float, Range(0, 1, most_open=True)], ...] | None = None
     """Averaging factors of Adam-like optimisers; None is the optimiser's own."""
-    eps: float | None = None
+    eps: Annotated[float, at_least(0)] | None = None
     """Term in the denominator of Adam-like optimisers; None is the optimiser's own."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(0, 1, most_open=True)] = 0.9
     """Momentum of SGD-like optimisers."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, at_least(0)] = 0.0
     """Weight decay at the first step, for parameters that decay."""
-    weight_decay_end: float | None = None
+    weight_decay_end: Annotated[float, at_least(0)] | None = None
     """Weight decay at the last step, reached along a cosine; None keeps it constant."""
     decay_all: bool = False
     """Decay norms, biases and tokens as well (older convnet recipes do)."""
     schedule: Literal["cosine", "linear", "multistep", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps of linear warm-up; give this or ``warmup_epochs``."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, at_least(0)] = 0.0
     """Epochs of linear warm-up."""
-    warmup_from: float = 0.005
+    warmup_from: Share = 0.005
     """Learning rate at the first step, as a share of the peak."""
-    final_lr_ratio: float = 0.001
+    final_lr_ratio: Share = 0.001
     """Learning rate at the last step of the cosine and linear schedules, as a share of the peak."""
-    milestones: tuple[float, ...] = ()
+    milestones: tuple[Positive, ...] = ()
     """Where "multistep" lowers the learning rate: in epochs where the length is in epochs, in steps otherwise."""
-    gamma: float = 0.1
+    gamma: Positive = 0.1
     """Factor that "multistep" lowers it by at every milestone."""
-    clip: float | None = None
+    clip: Positive | None = None
     """Largest global gradient norm; LAMB clips inside itself, with this value."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts that a batch is cut into, to save memory; for mean losses the step is that of the whole batch."""
-    ema: float | None = None
+    ema: Annotated[float, Range(0, 1, True, True)] | None = None
     """Decay of the exponential moving average of the weights, such as 0.9999; None keeps none."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Range(0, 1, least_open=True)] = 1.0
     """Factor on the learning rate for every layer further from the output."""
     compile: bool = False
     """Run the objective through torch.compile."""
-    workers: int = 0
+    workers: Natural = 0
     """Processes that decode samples ahead of the loop."""
-    evaluate_every: int | None = None
+    evaluate_every: Count | None = None
     """Steps between two evaluations during training; only after the last step without it."""
-    patience: int | None = None
+    patience: Count | None = None
     """Evaluations without a lower loss after which training ends with its best weights; None trains to the end."""
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the optimiser, such as {"always_adapt": True}."""
 
     def __post_init__(self) -> None:
+        check_made(self)
         if (self.steps is None) == (self.epochs is None):
             raise UserError(f"give either steps or epochs, got steps={self.steps} and epochs={self.epochs}.")
         if self.warmup_steps and self.warmup_epochs:
             raise UserError(f"give warmup_steps or warmup_epochs, got {self.warmup_steps} and {self.warmup_epochs}.")
-        for name in (
-            "steps",
-            "epochs",
-            "batch_size",
-            "lr",
-            "accumulate",
-            "clip",
-            "gamma",
-            "layer_decay",
-            "evaluate_every",
-            "patience",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} must be above 0, got {value}.")
-        for name in ("weight_decay", "weight_decay_end", "warmup_steps", "warmup_epochs", "workers"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"{name} must be 0 or more, got {value}.")
-        for name in ("warmup_from", "final_lr_ratio", "layer_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema is a decay between 0 and 1, such as 0.9999, or None, got {self.ema}.")
-        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas must lie in [0, 1), got {self.betas}.")
         if self.schedule not in ("cosine", "linear", "multistep", "constant"):
             raise UserError(f"schedule must be cosine, linear, multistep or constant, got {self.schedule!r}.")
         if bool(self.milestones) != (self.schedule == "multistep"):
             raise UserError(f'milestones go with schedule="multistep", got {self.milestones} and {self.schedule!r}.')
-        if self.batch_size % self.accumulate:
+        if self.accumulate > 0 and self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} cannot be cut into {self.accumulate} equal parts.")
 
     def evaluates(self, step: int) -> bool:

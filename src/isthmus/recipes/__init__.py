@@ -9,6 +9,7 @@ import importlib
 from types import ModuleType
 
 from isthmus import catalog
+from isthmus.errors import UserError
 
 
 def names() -> list[str]:
@@ -21,9 +22,9 @@ def load(name: str) -> ModuleType:
 
     Raises:
         UnknownSystem: no system is called that.
-        ValueError: the system is in the catalog but has no recipe yet.
+        UserError: the system is in the catalog but has no recipe yet.
     """
     system = catalog.find(name)
     if not system.ready:
-        raise ValueError(f"{system.name} has no recipe yet; `isthmus list --ready` shows the systems that have one.")
+        raise UserError(f"{system.name} has no recipe yet; `isthmus list --ready` shows the systems that have one.")
     return importlib.import_module(f"{__name__}.{system.module}")

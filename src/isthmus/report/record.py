@@ -4,7 +4,7 @@ The file is one object::
 
     format, version   "isthmus-report", 1
     system, scale, seed, command
-    status            "running", "finished", "interrupted" or "failed"; error: a sentence or null
+    status            "running", "finished", "interrupted" or "failed"; error: a sentence or null; mistake: a person's
     started, updated  ISO 8601 in UTC; seconds: spent in this run, resumed parts included
     config, options   the recipe's and the engine's settings
     hardware, versions, commit
@@ -21,7 +21,6 @@ Further keys may be added within version 1; none is taken away or changes its me
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -87,6 +86,7 @@ class Record:
             "command": command,
             "status": "running",
             "error": None,
+            "mistake": False,
             "started": _now(),
             "updated": _now(),
             "seconds": 0.0,
@@ -102,11 +102,19 @@ class Record:
             "curves": {},
         }
         if resume and (self.folder / FILE).is_file():
-            with contextlib.suppress(UserError):  # checkpoints go on without it
-                earlier = read(self.folder)
-                self.data["started"], self._before = earlier["started"], earlier["seconds"]
+            self._go_on()
         self._judge()
         self.save()
+
+    def _go_on(self) -> None:
+        """Take over what an earlier part of this run knew; a damaged file costs no more than that."""
+        try:
+            earlier = read(self.folder)
+        except ValueError as error:
+            self.note(f"The times count from the last start, for {error}")
+            return
+        self.data["started"], self._before = earlier["started"], earlier["seconds"]
+        self.data["notes"] = [note for note in earlier["notes"] if note.startswith("Resumed with")]
 
     def metric(self, name: str, value: float, published: str | float | None = None, unit: str = "") -> None:
         """Record a number; ``published`` is what the paper reports for it, ``unit`` such as ``%`` or ``ms``."""
@@ -153,11 +161,14 @@ class Record:
         self.data["curves"][name] = {"x": [float(x[i]) for i in kept], "y": [finite(float(y[i])) for i in kept]}
         self.save()
 
-    def finish(self, status: str = "finished", error: str | None = None) -> None:
-        """Close the record as ``"finished"``, ``"interrupted"`` or ``"failed"``, with the sentence that says why."""
+    def finish(self, status: str = "finished", error: str | None = None, mistake: bool = False) -> None:
+        """Close the record as ``"finished"``, ``"interrupted"`` or ``"failed"``, with the sentence that says why.
+
+        ``mistake`` says that the settings or the input were at fault.
+        """
         if status not in ("finished", "interrupted", "failed"):
             raise ValueError(f"a run ends finished, interrupted or failed, not {status!r}.")
-        self.data |= {"status": status, "error": error}
+        self.data |= {"status": status, "error": error, "mistake": mistake}
         self.save()
 
     def save(self) -> None:
@@ -182,6 +193,8 @@ class Record:
 def read(folder: Path) -> dict[str, Any]:
     """The record of a run, given by its folder or by its ``report.json``.
 
+    A run that says "running" in a folder where no process works was killed; it is told as "interrupted".
+
     Raises:
         UserError: there is no record, it is not one of ours, or a part of it is missing or damaged.
     """
@@ -199,7 +212,24 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} has version {found.get('version')}; this isthmus reads version {VERSION}.")
     if (wrong := fault(found)) is not None:
         raise UserError(f"{path} is damaged: {wrong}.")
+    if found["status"] == "running" and not _is_open(path.parent):
+        told = "the process of this run ended without a word; go on with --resume."
+        found |= {"status": "interrupted", "error": told}
     return found
+
+
+def abandon(folder: Path, sentence: str) -> None:
+    """Close the record of a run whose first process is gone."""
+    data = read(folder)
+    if data["status"] in ("running", "interrupted"):
+        data |= {"status": "failed", "error": sentence}
+        _write(Path(folder) / FILE, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def _is_open(folder: Path) -> bool:
+    from isthmus.engine.folder import LOCK, Lock
+
+    return not (folder / LOCK).exists() or Lock.is_held(folder)
 
 
 def plain(value: Any) -> Any:

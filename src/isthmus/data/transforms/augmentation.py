@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from isthmus.codec import UserError
+from isthmus.bounds import Count, Natural, Range, Share, at_least, check_made
 from isthmus.data.transforms.augment import RandAugment, RandomErase
 from isthmus.data.transforms.pictures import (
     CenterCrop,
@@ -28,33 +28,25 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 class Augmentation:
     """How training images are changed; all of it is off by default."""
 
-    crop: float = 1.0
+    crop: Annotated[float, Range(0, 1, least_open=True)] = 1.0
     """Smallest share of a picture that a training crop covers; 1 crops nothing at random."""
-    padding: int = 0
+    padding: Natural = 0
     """Zeros around a training image before a window of its size is cut out at random."""
     flip: bool = False
     """Mirror left and right at random."""
-    mixup: float = 0.0
+    mixup: Annotated[float, at_least(0)] = 0.0
     """Strength of mixup."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, at_least(0)] = 0.0
     """Strength of CutMix."""
     randaugment: str = ""
     """Policy of RandAugment as timm names it, such as rand-m9-mstd0.5-inc1; none without it."""
-    erasing: float = 0.0
+    erasing: Share = 0.0
     """Share of the images that get a rectangle of noise."""
-    repeats: int = 1
+    repeats: Count = 1
     """Copies of an image in a batch, each changed on its own; an epoch then visits so many times fewer images."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1:
-            raise UserError(f"crop is the smallest share of a picture, above 0 and up to 1, got {self.crop}.")
-        for name in ("padding", "mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}.")
-        if not 0 <= self.erasing <= 1:
-            raise UserError(f"erasing is the share of the images that lose a rectangle, 0 to 1, got {self.erasing}.")
-        if self.repeats < 1:
-            raise UserError(f"repeats counts the copies of an image in a batch, 1 or more, got {self.repeats}.")
+        check_made(self)
 
 
 #: What DeiT and those after it train with on ImageNet.
