@@ -183,7 +183,7 @@ def checked(function: _Function) -> _Function:
 
     if isinstance(function, type):
         function.__init__ = call  # type: ignore[misc]
-        return function
+        return function  # type: ignore[return-value]
     return call  # type: ignore[return-value]
 
 

@@ -163,8 +163,8 @@ class _Unbound(ast.NodeTransformer):
 
 
 def _annotated(node: ast.AST) -> bool:
-    named = isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Annotated"
-    return named and isinstance(node.slice, ast.Tuple)
+    subscripted = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple)
+    return subscripted and ast.unparse(node.value) == "Annotated"
 
 
 def _bounds(annotation: Value) -> list[bounds.Bound]:

@@ -98,19 +98,20 @@ def _with_bounds(info: Any) -> Any:
     """How tyro makes a dataclass of ours: as any other, with the bounds of every field behind its text."""
     from tyro.constructors import StructConstructorSpec, StructFieldSpec
 
-    if not dataclasses.is_dataclass(info.type) or not isinstance(info.default, info.type):
+    made: type[Any] = info.type
+    if not dataclasses.is_dataclass(made) or not isinstance(info.default, made):
         return None
-    source = inspect.getsourcefile(info.type) if info.type.__module__.startswith("isthmus.") else None
+    source = inspect.getsourcefile(made) if made.__module__.startswith("isthmus.") else None
     if source is None:
         return None
-    told = catalog.told(Path(source), info.type.__name__)
-    hints = typing.get_type_hints(info.type, include_extras=True)
+    told = catalog.told(Path(source), made.__name__)
+    hints = typing.get_type_hints(made, include_extras=True)
     fields = [
         StructFieldSpec(field.name, hints[field.name], getattr(info.default, field.name), told.get(field.name))
-        for field in dataclasses.fields(info.type)
+        for field in dataclasses.fields(made)
         if field.init
     ]
-    return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+    return StructConstructorSpec(instantiate=made, fields=tuple(fields))
 
 
 def _in_the_unit_given(config: Any, arguments: Sequence[str]) -> Any:

@@ -114,11 +114,11 @@ class Run:
                 problem = f"the folder of the run cannot be written: {checkpoint.disk_sentence(error)}"
             except UserError as error:
                 problem = str(error)
-        path_text, told, problem = self.fabric.broadcast((str(path), tuple(before), problem))
+        path_text, before, problem = self.fabric.broadcast((str(path), before, problem))
         if problem:
             self.close()
             raise UserError(problem)
-        return Path(path_text), folder.Before(*told)
+        return Path(path_text), before
 
     @classmethod
     def quick(cls, parent: Path, seed: int = 0, name: str = "quick", config: Any = None, **options: Any) -> Run:
