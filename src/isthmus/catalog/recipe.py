@@ -163,8 +163,9 @@ class _Unbound(ast.NodeTransformer):
 
 
 def _annotated(node: ast.AST) -> bool:
-    subscripted = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple)
-    return subscripted and ast.unparse(node.value) == "Annotated"
+    if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Tuple):
+        return False
+    return ast.unparse(node.value) == "Annotated"
 
 
 def _bounds(annotation: Value) -> list[bounds.Bound]:
