@@ -20,9 +20,9 @@ from isthmus.data import load
 from isthmus.engine import Run, RunOptions
 from isthmus.priors.circuit import HCLT
 from isthmus.priors.circuit_tree import chain
-from isthmus.recipes import _pc_compression_pictures as pictures
 from isthmus.recipes import pc_compression
 from isthmus.recipes.pc_compression import Config
+from isthmus.tasks import lossless
 
 pytest.importorskip("constriction")
 
@@ -191,7 +191,7 @@ def test_apply_tells_what_is_wrong_and_writes_nothing(done: tuple[Path, dict[str
         with pytest.raises(UserError, match=told):
             pc_compression.apply(done[0], [tmp_path / name], out)
     assert not out.exists()
-    with pytest.raises(UserError, match=r"has no readable pictures\.safetensors; run the recipe"):
+    with pytest.raises(UserError, match="--photos none"):
         pc_compression.apply(tmp_path, [tmp_path / "a.png"], out)
 
 
@@ -210,11 +210,11 @@ def test_resuming_takes_up_circuits_that_are_done(done: tuple[Path, dict[str, An
     shutil.copytree(done[0], tmp_path / "run")
     (tmp_path / "run" / "finished.json").unlink()
     (tmp_path / "run" / "circuits" / "chain.safetensors").unlink()
-    before = (tmp_path / "run" / pictures.MODEL).read_bytes()
+    before = (tmp_path / "run" / "kept" / "pictures" / "model.safetensors").read_bytes()
     stamp = (tmp_path / "run" / "circuits" / "patches.safetensors").stat().st_mtime_ns
     with Run.quick(tmp_path, name="pc-compression", config=TINY, resume=True) as run:
         pc_compression.run(TINY, run)
-    assert (run.dir / pictures.MODEL).read_bytes() == before
+    assert (run.dir / "kept" / "pictures" / "model.safetensors").read_bytes() == before
     assert (run.dir / "circuits" / "patches.safetensors").stat().st_mtime_ns == stamp
     report = metrics_of(json.loads((run.dir / "report.json").read_text()))
     for name in ("bpd", "bpd_chain", "photos_bpd_pcz"):
@@ -238,7 +238,7 @@ def test_colour_images_mini_batches_and_no_photographs(tmp_path: Path) -> None:
     found = metrics_of(json.loads((run.dir / "report.json").read_text()))
     assert found["exact_share"] == 1
     assert not any(name.startswith("photos") for name in found)
-    with pytest.raises(UserError, match="no readable"):
+    with pytest.raises(UserError, match="--photos none"):
         pc_compression.apply(run.dir, [tmp_path / "x.png"], tmp_path)
 
 
@@ -246,23 +246,26 @@ def test_colour_images_mini_batches_and_no_photographs(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"data": "photos:40?count=4"}, "4800 variables, the most is 4096"),
-        ({"patch": 1}, "patch is at least 2"),
+        ({"patch": 1}, "--patch is at least 2"),
         ({"photos_eval": 0}, "at least 1"),
         ({"photos": "photos:3?count=4", "epochs": 1}, "patches take 4 a side"),
         ({"pseudocount": -1.0}, "pseudocount is finite and not negative"),
         ({"pseudocount": float("nan")}, "pseudocount is finite and not negative"),
-        ({"batch_size": 0}, "batch_size is at least 1, got 0"),
-        ({"patches": -5}, "patches is at least 1, got -5"),
-        ({"patch_epochs": 0}, "patch_epochs is at least 1, got 0"),
-        ({"stochastic_epochs": -1}, "stochastic_epochs is not negative"),
+        ({"batch_size": 0}, "--batch-size is at least 1, got 0"),
+        ({"patches": -5}, "--patches is at least 1, got -5"),
+        ({"patch_epochs": 0}, "--patch-epochs is at least 1, got 0"),
+        ({"stochastic_epochs": -1}, "--stochastic-epochs is not negative"),
     ],
 )
 def test_impossible_settings_are_told(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, **{"data": "digits?limit=40", "epochs": 1, **changes})
-    with (
-        Run.quick(tmp_path, name="pc-compression", config=config) as run,
-        pytest.raises(ValueError, match=told),
-    ):
+    with pytest.raises(ValueError, match=told):
+        _run(config, tmp_path)
+
+
+def _run(config: Config, folder: Path) -> None:
+    pc_compression.check(config)
+    with Run.quick(folder, name="pc-compression", config=config) as run:
         pc_compression.run(config, run)
 
 
@@ -281,7 +284,7 @@ def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
 
 def test_patches_lie_as_the_coder_cuts_them_and_grey_has_no_colour() -> None:
     dataset = load("photos:20?include=brick&count=3", "train", ("image",))
-    found, there = pictures.patches(dataset, 8, 12, torch.Generator().manual_seed(0))
+    found, there = lossless.patches(dataset, 8, 12, torch.Generator().manual_seed(0))
     assert found.shape == (12, 192), "4 whole patches a picture; what is beyond them is left out"
     assert there[:, 0::3].all()
     assert not there[:, 1::3].any()

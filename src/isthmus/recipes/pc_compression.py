@@ -15,36 +15,32 @@ second beside PNG, WebP, JPEG 2000, and JPEG XL and zstd where they are installe
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from isthmus.catalog import published
-from isthmus.codec import UserError, load_weights, save_weights, write_atomically
+from isthmus.codec import UserError, load_weights, save_weights
 from isthmus.data import Dataset, load
 from isthmus.engine import Run
 from isthmus.priors.circuit import HCLT
 from isthmus.priors.circuit_coding import CircuitCoder
 from isthmus.priors.circuit_schedule import Schedule
 from isthmus.priors.circuit_tree import Tree, chain, chow_liu_tree, mutual_information, random_tree
-from isthmus.priors.pictures import from_image, png, read
-from isthmus.recipes import _pc_compression_pictures as pictures
+from isthmus.priors.pcz import PictureCoder
 from isthmus.report import figures
-from isthmus.tasks import applying
+from isthmus.tasks import lossless
 
 needs = ("image",)
+apply = lossless.apply
 _LN2 = math.log(2)
 
 
@@ -110,16 +106,21 @@ class Config:
         )
 
 
-def run(config: Config, run: Run) -> None:
-    """Learn circuits of small images and of patches; compress, decompress, compare and draw."""
+def check(config: Config) -> None:
+    """Refuse counts that cannot be."""
     counts = ("latents", "tree_latents", "epochs", "batch_size", "timed", "photos_train", "photos_eval", "patches")
     for name in (*counts, "patch_latents", "patch_epochs"):
         if getattr(config, name) < 1:
-            raise UserError(f"{name} is at least 1, got {getattr(config, name)}.")
+            raise UserError(f"--{name.replace('_', '-')} is at least 1, got {getattr(config, name)}.")
     if config.patch < 2 or config.stochastic_epochs < 0:
-        told = f"{config.patch} and {config.stochastic_epochs}"
-        raise UserError(f"patch is at least 2 and stochastic_epochs is not negative, got {told}.")
-    train, test, levels, shape = _small_images(run, config)
+        given = f"{config.patch} and {config.stochastic_epochs}"
+        raise UserError(f"--patch is at least 2 and --stochastic-epochs is not negative, got {given}.")
+
+
+def run(config: Config, run: Run) -> None:
+    """Learn circuits of small images and of patches; compress, decompress, compare and draw."""
+    images = lossless.small_images(run, config.data, config.train_split, config.eval_split)
+    train, test, levels, shape = images
     run.log(
         f"{config.data}: {len(train)} images to learn from, {len(test)} to compress, {train.shape[1]} variables of "
         f"{len(levels)} values."
@@ -132,96 +133,7 @@ def run(config: Config, run: Run) -> None:
         _photos(run, config)
 
 
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Compress pictures to ``NAME.pcz``, and turn ``NAME.pcz`` back into ``NAME.png``.
-
-    Inputs of the same name become ``NAME-2``, ``NAME-3`` and so on. A file that is there already is left alone where it
-    holds the same picture, and never replaced by another one. ``answers.json`` says for every input how many pixels and
-    bytes there are, or why it was skipped.
-
-    Raises:
-        UserError: the run has no circuit of pictures, or none of the inputs could be used: a picture has more than 8
-            bits a channel, a ``.pcz`` is damaged or of another run, or a file that holds something else is in the way.
-            No file is written in part.
-    """
-    coder = pictures.load(run_dir / pictures.MODEL)
-    written: list[Path] = []
-    found: dict[str, Any] = {}
-    for path in inputs:
-        try:
-            found[str(path)] = _answer(coder, path, out, written)
-        except UserError as error:
-            found[str(path)] = {"skipped": str(error)}
-    if not written:
-        raise UserError(" ".join(entry["skipped"] for entry in found.values()) or "there are no inputs.")
-    write_atomically(out / applying.ANSWERS, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
-    return [out / applying.ANSWERS, *written]
-
-
-def _answer(coder: pictures.PictureCoder, path: Path, out: Path, written: list[Path]) -> dict[str, Any]:
-    """Write the other form of one picture beside those that are written, and tell what it came to."""
-    back = path.suffix.lower() == ".pcz"
-    image = coder.decompress(path.read_bytes(), str(path)) if back else read(path)
-    data = png(image) if back else coder.compress(image, str(path))
-    stem, number = out / path.stem, 1
-    while (target := Path(f"{stem}{f'-{number}' if number > 1 else ''}{'.png' if back else '.pcz'}")) in written:
-        number += 1  # another folder's picture of the same name
-    if not target.exists():
-        write_atomically(target, data)
-    elif not target.is_file() or (target.read_bytes() != data and not (back and _shows(target, image))):
-        raise UserError(f"{target} is there already and holds something else; move it, or give another --out.")
-    written.append(target)
-    before, after, values = path.stat().st_size, len(data), image.width * image.height * len(image.getbands())
-    return {
-        "file": target.name,
-        "pixels": f"{image.width} x {image.height}, {image.mode}",
-        "bytes": after,
-        "bytes_before": before,
-        "share_of_bytes_before": round(after / before, 3),
-        "bits_per_dimension": round(8 * (before if back else after) / values, 3),
-    }
-
-
-def _shows(path: Path, image: Image.Image) -> bool:
-    """Whether a file holds exactly this picture."""
-    try:
-        return from_image(read(path)).digest == from_image(image).digest
-    except (UserError, OSError):
-        return False
-
-
 # ------------------------------------------------------------------------------------------------------- small images
-
-
-def _small_images(run: Run, config: Config) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """Training and held-out samples ``(N, D)`` of category numbers, the grey levels those stand for, and the shape."""
-    found = []
-    for split in (config.train_split, config.eval_split):
-        dataset = load(config.data, split, needs, run.seed)
-        if not hasattr(dataset, "__len__"):
-            raise UserError(f"{config.data} is a stream, of which no part can be held out; use folder: or parquet:.")
-        count = len(dataset) if run.options.max_steps is None else min(len(dataset), 512)
-        images = [dataset[i]["image"] for i in range(count)]
-        if len({tuple(image.shape) for image in images}) != 1:
-            raise UserError(
-                f"{config.data}: the {split} images have several sizes, or there are none; pixels are variables."
-            )
-        found.append(torch.stack(images))
-    if found[0].shape[1:] != found[1].shape[1:]:
-        raise UserError(f"{config.data}: training and held-out images differ in size; pixels are variables.")
-    if all((images == images[:, :1]).all() for images in found):
-        found = [images[:, :1] for images in found]
-    shape = tuple(found[0].shape[1:])
-    if math.prod(shape) > 4096:
-        raise UserError(
-            f"{config.data}: {shape} are {math.prod(shape)} variables, the most is 4096; give smaller images."
-        )
-    flat = [images.permute(0, 2, 3, 1).flatten(1).long() for images in found]
-    levels = torch.cat([f.flatten() for f in flat]).unique()
-    if len(levels) > 64:
-        levels = torch.arange(256)
-    train, test = (torch.searchsorted(levels, f) for f in flat)
-    return train, test, levels, shape
 
 
 def _compare_circuits(run: Run, config: Config, train: Tensor, test: Tensor, categories: int) -> HCLT:
@@ -368,18 +280,18 @@ def _photos(run: Run, config: Config) -> None:
         raise UserError(f"{config.photos} is a stream, of which no part can be held out; use folder: or parquet:.")
     for flag, dataset, asked in (("train", train, config.photos_train), ("eval", held_out, config.photos_eval)):
         if len(dataset) < asked:
-            told = f"{asked} pictures were asked for (--photos-{flag}) and {len(dataset)} are there"
+            amount = f"{asked} pictures were asked for (--photos-{flag}) and {len(dataset)} are there"
             part = "train" if flag == "train" else "test, the part that is held out"
-            run.log(f"{config.photos}: {told} ({part}); give more pictures to have more.")
-    train, held_out = _some(train, config.photos_train), _some(held_out, config.photos_eval)
+            run.log(f"{config.photos}: {amount} ({part}); give more pictures to have more.")
+    train, held_out = train.spread(config.photos_train), held_out.spread(config.photos_eval)
     count = config.patches
     if run.options.max_steps is not None:
-        train, held_out = _some(train, 64), _some(held_out, 2)
+        train, held_out = train.spread(64), held_out.spread(2)
         count = min(count, run.options.max_steps * config.batch_size)
-    found, there = pictures.patches(train, config.patch, count, run.generator("patches"))
-    told = "1 picture" if len(held_out) == 1 else f"{len(held_out)} pictures"
+    found, there = lossless.patches(train, config.patch, count, run.generator("patches"))
+    number = "1 picture" if len(held_out) == 1 else f"{len(held_out)} pictures"
     cut = "" if run.options.max_steps is None else ", fewer because of --max-steps"
-    run.log(f"{config.photos}: {len(found)} patches of {len(train)} pictures, {told} to compress{cut}.")
+    run.log(f"{config.photos}: {len(found)} patches of {len(train)} pictures, {number} to compress{cut}.")
     whole = found[there.all(1)] if there.all(1).any() else found
     circuit = HCLT.from_data(
         whole, 256, config.patch_latents, config.pseudocount, generator=run.generator("circuit", "patches")
@@ -392,22 +304,20 @@ def _photos(run: Run, config: Config) -> None:
 
     def fit(circuit: HCLT) -> HCLT:
         begin = time.perf_counter()
-        told = lambda epoch, value: run.log(f"pass {epoch}: {-value / size:.4f} bits per dimension met")  # noqa: E731
-        circuit.fit(batches, run.cap(config.patch_epochs), config.step, told)
+        tell = lambda epoch, value: run.log(f"pass {epoch}: {-value / size:.4f} bits per dimension met")  # noqa: E731
+        circuit.fit(batches, run.cap(config.patch_epochs), config.step, tell)
         run.metric("patches_per_second", len(found) * run.cap(config.patch_epochs) / (time.perf_counter() - begin))
         return circuit
 
     circuit = _learnt(run, "patches", circuit, fit).cpu()
-    if run.is_first:
-        pictures.save(circuit, config.patch, run.dir / pictures.MODEL)
-    run.artifact("pictures", run.dir / pictures.MODEL, "the circuit that isthmus apply compresses pictures with")
-    _compare_formats(run, pictures.load(run.dir / pictures.MODEL, threads=1), held_out)
+    lossless.keep(run, circuit, config.patch)
+    _compare_formats(run, PictureCoder(circuit, config.patch, threads=1), held_out)
 
 
-def _compare_formats(run: Run, coder: pictures.PictureCoder, held_out: Dataset) -> None:
+def _compare_formats(run: Run, coder: lossless.PictureCoder, held_out: Dataset) -> None:
     shown = [Image.fromarray(held_out[i]["image"].permute(1, 2, 0).numpy()) for i in range(len(held_out))]
-    formats = {"pcz": pictures.Format(coder.compress, coder.decompress), **pictures.others()}
-    found = {name: pictures.measure(shown, fmt) for name, fmt in formats.items()}
+    formats = {"pcz": lossless.Format(coder.compress, coder.decompress), **lossless.others()}
+    found = {name: lossless.measure(shown, fmt) for name, fmt in formats.items()}
     for name, measured in found.items():
         run.metric(f"photos_bpd_{name}", float(np.mean(measured.bits)), unit="bits per dimension")
         run.metric(f"photos_encode_{name}", measured.encode, unit="MB/s, one thread")
@@ -419,22 +329,6 @@ def _compare_formats(run: Run, coder: pictures.PictureCoder, held_out: Dataset) 
             run.metric(f"photos_ratio_to_{name}", float(np.mean(ours.bits) / np.mean(found[name].bits)))
     means = {name: float(np.mean(measured.bits)) for name, measured in found.items()}
     run.figure("formats", figures.bars(means, "bits per dimension", " "), "Held-out photographs, whole files.")
-    run.figure("each_photo", _scatter(found), "Every photograph: our file beside those of PNG and WebP.")
-
-
-def _scatter(found: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(4.2, 4), layout="constrained")
-    axis = figure.subplots()
-    for name in ("png", "webp"):
-        axis.scatter(found[name].bits, found["pcz"].bits, s=14, label=f"against {name}")
-    top = max(max(found[name].bits) for name in ("png", "webp"))
-    axis.plot([0, top], [0, top], color="tab:gray", linewidth=1)
-    axis.set_xlabel("bits per dimension of the other format")
-    axis.set_ylabel("bits per dimension of .pcz")
-    axis.legend(frameon=False)
-    return figure
-
-
-def _some(dataset: Dataset, count: int) -> Dataset:
-    """``count`` samples, evenly spaced, or all."""
-    return dataset if count >= len(dataset) else dataset.select(np.arange(count) * len(dataset) // count)
+    pairs = {f"against {name}": list(zip(found[name].bits, ours.bits, strict=True)) for name in ("png", "webp")}
+    axes = "bits per dimension of the other format", "bits per dimension of .pcz"
+    run.figure("each_photo", figures.scatter(pairs, *axes), "Every photograph: our file beside those of PNG and WebP.")
