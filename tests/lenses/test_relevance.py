@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from isthmus.codec import UserError
 from isthmus.lenses.relevance import COMPOSITES, Composite, relevance, starting
-from isthmus.lenses.relevance_rules import AlphaBeta, Box, Epsilon, Positive, PositiveWeights, ratio
+from isthmus.lenses.relevance_rules import (
+    AlphaBeta,
+    AlphaBetaWeights,
+    Box,
+    Epsilon,
+    Positive,
+    PositiveWeights,
+    Simple,
+    ratio,
+)
 
 CONVNETS: dict[str, dict[str, Any]] = {
     "resnet10t": {},
@@ -97,7 +106,7 @@ def test_a_batch_norm_is_folded_into_the_layer_before() -> None:
     two = nn.Sequential(conv, norm, tail).eval()
     folded = nn.Sequential(nn.utils.fuse_conv_bn_eval(conv.eval(), norm.eval()), tail).eval()
     x = images(4)
-    for name in ("zplus", "resnet", "epsilon"):
+    for name in COMPOSITES:
         torch.testing.assert_close(relevance(two, x, 0, name).input, relevance(folded, x, 0, name).input)
 
 
@@ -115,7 +124,7 @@ def test_biases_take_no_part_in_the_positive_rules() -> None:
     total = relevance(model, images(), 0).conserved()
     assert [total[name] for name in ("head", "conv1", "input")] == pytest.approx([1, 1, 1], abs=1e-3)
     assert 0 < total["conv2"] < 1  # the other branch of the sum has the rest
-    swallowing = relevance(model, images(), 0, Composite(Epsilon(bias=True), Epsilon(bias=True)))
+    swallowing = relevance(model, images(), 0, "epsilon")
     assert abs(swallowing.conserved()["input"] - 1) > 0.05
     nn.init.constant_(model.head.bias, 100.0)
     torch.testing.assert_close(relevance(model, images(), 0).input, before)
@@ -138,13 +147,99 @@ def test_zennit_gives_the_same_numbers() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_epsilon_is_gradient_times_input_in_a_network_of_relus() -> None:
+def with_biases(*norms: nn.Module) -> nn.Sequential:
+    """Convolutions, pools and linear layers, all with biases; in double precision."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3, bias=False))
-    x = images(4).requires_grad_()
+    first, second = norms or (nn.Identity(), nn.Identity())
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, padding=1), first, nn.ReLU(), nn.Conv2d(6, 8, 3, 2, groups=2), second, nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 4)),
+    )
+    stir(model)
+    return model.eval().double()
+
+
+def stir(model: nn.Module) -> None:
+    """Batch norms as after training."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_rules_with_biases_and_norms_are_zennits(norm: bool) -> None:
+    composites = pytest.importorskip("zennit.composites")
+    from zennit import rules
+    from zennit.canonizers import SequentialMergeBatchNorm
+    from zennit.types import Linear
+
+    model = with_biases(*((nn.BatchNorm2d(6), nn.BatchNorm2d(8)) if norm else ()))
+    box = COMPOSITES["box"].first
+    assert isinstance(box, Box)
+    low, high = (torch.tensor(bound).double().view(1, 3, 1, 1) for bound in (box.low, box.high))
+    merged = {"canonizers": [SequentialMergeBatchNorm()]}
+    theirs = {
+        "epsilon": composites.LayerMapComposite([*composites.layer_map_base(), (Linear, rules.Epsilon())], **merged),
+        "epsilon_plus": composites.EpsilonPlus(**merged),
+        "epsilon_plus_flat": composites.EpsilonPlusFlat(**merged),
+        "epsilon_alpha2beta1": composites.EpsilonAlpha2Beta1(**merged),
+        "epsilon_alpha2beta1_flat": composites.EpsilonAlpha2Beta1Flat(**merged),
+        "epsilon_gamma_box": composites.EpsilonGammaBox(low, high, **merged),
+    }
+    x = images(12, 3).double()
+    for name, composite in theirs.items():
+        ours = relevance(model, x, 2, name).input
+        want = relevance(model, x, 2, composite).input
+        bound = 1e-4 if norm else 1e-6  # its merged norms keep their epsilon
+        assert float((ours - want).abs().max() / want.abs().max()) < bound, name
+
+
+@pytest.mark.parametrize("name", ["plain", "norms", "resnet10t", "resnetv2_18", "densenet121", "vgg11_bn"])
+@pytest.mark.parametrize("composite", ["epsilon", "simple"])
+def test_epsilon_and_simple_are_gradient_times_input_in_networks_of_relus(name: str, composite: str) -> None:
+    if name in ("plain", "norms"):
+        model = with_biases(*((nn.BatchNorm2d(6), nn.BatchNorm2d(8)) if name == "norms" else ()))
+    else:
+        small = {"densenet121": CONVNETS["densenet121"]}.get(name, {})
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=4, **small)
+        stir(model)
+        model.eval().double()
+    rule = Epsilon(1e-14) if composite == "epsilon" else Simple(1e-14)
+    x = images(12 if name in ("plain", "norms") else 32).double().requires_grad_()
     (grad,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
-    found = relevance(model, x, 1, Composite(Epsilon(1e-12), Epsilon(1e-12)), start="logit").input
-    torch.testing.assert_close(found, x.detach() * grad, rtol=1e-3, atol=1e-6)
+    want = x.detach() * grad
+    found = relevance(model, x, 1, Composite(rule, rule, norm=rule), start="logit").input
+    # sums and pools have an ε of their own
+    assert float((found - want).abs().max() / want.abs().max()) < (1e-3 if name in ("plain", "norms") else 2e-2)
+
+
+def test_a_bias_that_cancels_does_not_blow_relevance_up() -> None:
+    model = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0, -1.0]]))
+        model[0].bias.fill_(1.0)
+        model[2].weight.copy_(torch.tensor([[1.0], [0.0]]))
+        model[2].bias.zero_()
+    x = torch.tensor([[1.0001, 2.0]])
+    for name in ("epsilon", "simple"):
+        found = relevance(model, x, 0, name, start="logit").input
+        assert found[0].tolist() == pytest.approx([2.0002, -2.0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "mobilenetv3_small_050", "resnetv2_50d_gn", "convnext_atto", "regnetx_002", "dla46_c"]
+)
+def test_relevance_stays_finite_and_small_in_families_of_timm(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    stir(model)
+    found = relevance(model, images(64, 1), 3, "epsilon")
+    assert max(float(r.abs().max()) for r in (*found.values(), found.input)) < 100
 
 
 def test_z_b_knows_the_bounds_of_pixels() -> None:
@@ -166,8 +261,17 @@ def test_alpha_and_beta_shares_add_up() -> None:
     linear = F.linear
     assert AlphaBeta(2.0)(linear, x, weight, None, r).sum(1) == pytest.approx(torch.full((3,), 5.0), abs=1e-3)
     torch.testing.assert_close(
-        AlphaBeta(1.0)(linear, x, weight, None, r), PositiveWeights()(linear, x, weight, None, r), rtol=1e-4, atol=1e-5
+        AlphaBetaWeights(1.0)(linear, x, weight, None, r),
+        PositiveWeights()(linear, x, weight, None, r),
+        rtol=1e-4,
+        atol=1e-5,
     )
+
+
+def test_the_released_alpha_beta_divides_by_zero_where_asked() -> None:
+    x, r, weight = torch.rand(1, 2), torch.ones(1, 1), torch.tensor([[-1.0, -2.0]])
+    assert torch.equal(AlphaBetaWeights(1.0)(F.linear, x, weight, None, r), torch.zeros(1, 2))
+    assert not torch.isfinite(AlphaBetaWeights(1.0, drop=False)(F.linear, x, weight, None, r)).any()
 
 
 def test_nothing_is_handed_on_where_nothing_arrived() -> None:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.codec import UserError, build, save_weights, spec_of
 from isthmus.compression import Compressed, bits_of
 from isthmus.compression.filter_scores import Batch, Criterion, filter_scores, layers_of
+from isthmus.compression.operations import multiply_accumulates
 from isthmus.compression.ranking import choose, kept
 from isthmus.compression.reshaping import load_reshaped, read_metadata, shapes_of
 from isthmus.compression.surgery import Surgery
@@ -184,9 +184,7 @@ def _labels(batch: Batch) -> Tensor:
 def _size(model: nn.Module, example: Tensor) -> dict[str, int]:
     """Parameters, and multiply-accumulates for one sample."""
     modes = {module: module.training for module in model.modules()}
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model.eval()(example[:1])
+    macs = multiply_accumulates(model.eval(), example[:1])
     for module, mode in modes.items():
         module.training = mode
-    return {"parameters": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
+    return {"parameters": sum(p.numel() for p in model.parameters()), "macs": macs}

@@ -25,7 +25,18 @@ from torch import Tensor, nn
 from isthmus.codec import UserError
 from isthmus.lenses.interception import intercept, module_names
 from isthmus.lenses.relevance_pass import RelevancePass, first_tensor
-from isthmus.lenses.relevance_rules import AlphaBeta, Box, Epsilon, Positive, PositiveWeights, Rule, Simple
+from isthmus.lenses.relevance_rules import (
+    AlphaBeta,
+    AlphaBetaWeights,
+    Box,
+    Epsilon,
+    Flat,
+    Gamma,
+    Positive,
+    PositiveWeights,
+    Rule,
+    Simple,
+)
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _POSITIVE = Positive()
@@ -40,14 +51,19 @@ class Composite:
         conv: of convolutions.
         linear: of linear layers.
         first: of the layer that sees the input; ``None`` leaves it to the others.
+        norm: of norms that cannot be folded into a layer, their statistics taken as constants; with it, constants that
+            are added swallow their share too. ``None`` passes relevance on.
     """
 
     conv: Rule = _POSITIVE
     linear: Rule = _POSITIVE
     first: Rule | None = None
+    norm: Rule | None = None
 
-    def rule(self, name: str, kind: str, is_first: bool) -> Rule:
-        """The rule of one layer."""
+    def rule(self, name: str, kind: str, is_first: bool) -> Rule | None:
+        """The rule of one layer, which is a ``"conv"``, a ``"linear"`` or a ``"norm"``."""
+        if kind == "norm":
+            return self.norm
         if is_first and self.first is not None:
             return self.first
         return self.conv if kind == "conv" else self.linear
@@ -57,17 +73,25 @@ def _everywhere(rule: Rule) -> Composite:
     return Composite(rule, rule)
 
 
-#: ``zplus`` is the paper's; ``z``, ``simple`` and ``alphabeta`` are the released VGG path's, ``resnet`` is that of the
-#: released ResNet path, ``epsilon`` is the plainest conserving rule (gradient times input in a network of ReLUs).
+_PIXELS = Box.of_pixels(*IMAGENET, per_channel=True)
+
+#: ``zplus`` is the paper's; ``z`` and ``alphabeta`` are the released VGG path's, ``resnet`` is that of the released
+#: ResNet path. ``simple`` and ``epsilon`` are gradient times input in a network of ReLUs. The ``epsilon_…`` ones are
+#: zennit's, biases included.
 COMPOSITES: Mapping[str, Composite] = {
     "zplus": _everywhere(Positive()),
     "z": _everywhere(PositiveWeights()),
-    "simple": _everywhere(Simple()),
-    "alphabeta": _everywhere(AlphaBeta(1.0)),
+    "simple": Composite(Simple(), Simple(), norm=Simple()),
+    "alphabeta": _everywhere(AlphaBetaWeights(1.0)),
     "alpha2beta1": _everywhere(AlphaBeta(2.0)),
-    "epsilon": _everywhere(Epsilon()),
-    "box": Composite(first=Box.of_pixels(*IMAGENET, per_channel=True)),
-    "resnet": Composite(Positive(1e-12), Epsilon(1e-6, bias=True), Box.of_pixels(*IMAGENET)),
+    "epsilon": Composite(Epsilon(), Epsilon(), norm=Epsilon()),
+    "box": Composite(first=_PIXELS),
+    "resnet": Composite(Positive(1e-12), Epsilon(1e-6), Box.of_pixels(*IMAGENET)),
+    "epsilon_plus": Composite(Positive(1e-6, bias=True), Epsilon()),
+    "epsilon_plus_flat": Composite(Positive(1e-6, bias=True), Epsilon(), Flat()),
+    "epsilon_alpha2beta1": Composite(AlphaBeta(2.0, 1e-6, bias=True), Epsilon()),
+    "epsilon_alpha2beta1_flat": Composite(AlphaBeta(2.0, 1e-6, bias=True), Epsilon(), Flat()),
+    "epsilon_gamma_box": Composite(Gamma(), Epsilon(), _PIXELS),
 }
 
 

@@ -4,11 +4,12 @@ While a model runs under :class:`RelevancePass`, each function is answered by it
 no derivative but a share-out, so that ``torch.autograd.grad(logits, x, start)`` is relevance. It works on functions,
 not modules: functional and in-place calls, shared modules and any block of timm come by alike. Kinds of functions:
 
-- layers with weights follow a rule; a batch norm right after one is folded into it (w' = w·γ/σ),
-- activations, norms, and products with constants pass relevance on unchanged,
+- layers with weights follow a rule; a batch norm right after one is folded into it (w' = w·γ/σ). Where the composite
+  has a rule for norms, other norms are layers too, and constants that are added swallow their share as biases do,
+- activations, norms (otherwise), and products with constants pass relevance on unchanged,
 - sums, means and average pools share it out by contribution (the ε rule),
-- products of two activations: the larger one is the signal, the smaller one a gate; equals take half each. Attention
-  weights are constants (Ali et al. 2022), so that all relevance follows the values,
+- products of two activations: what comes from a sigmoid or is smaller is a gate, the other one the signal; equals take
+  half each. Attention weights are constants (Ali et al. 2022), so that all relevance follows the values,
 - what only moves numbers (reshapes, slices, maximum pools…) sends it back the way it came.
 
 A function of no kind raises, rather than breaking conservation silently.
@@ -16,7 +17,7 @@ A function of no kind raises, rather than breaking conservation silently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from isthmus.codec import UserError
 from isthmus.lenses.interception import Call
 from isthmus.lenses.relevance_rules import Rule, ratio
+from isthmus.lenses.relevance_steps import Kept, propagate, swapped, tensors_in
 
-RuleFor = Callable[[str, str, bool], Rule]
+RuleFor = Callable[[str, str, bool], Rule | None]
 _EPSILON = 1e-6
 
 
@@ -42,16 +44,6 @@ class Layer(NamedTuple):
     bias: Tensor | None
     out_axis: int
     version: int
-
-
-class Kept:
-    """A tensor for later; copied before somebody writes into its memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()
-
-    def save(self) -> None:
-        self.tensor = self.tensor.clone()
 
 
 class RelevancePass:
@@ -76,16 +68,21 @@ class RelevancePass:
         self._overwritten = None if call.target is None else call.target.untyped_storage().data_ptr()
         for kept in self._kept.pop(self._overwritten, ()):
             kept.save()
-        tracked = [t for t in _tensors((call.args, call.kwargs)) if t.requires_grad]
+        tracked = [t for t in tensors_in((call.args, call.kwargs)) if t.requires_grad]
         if not tracked or not torch.is_grad_enabled():
             return call.run()
         if call.name in _LAYERS:
             return self._layer(call)
         kind = _KINDS.get(call.name)
         if kind is not None:
-            return kind(self, call, tracked)
+            out = kind(self, call, tracked)
+            if call.name in _GATES and isinstance(out, Tensor):
+                out._relevance_gate = True  # type: ignore[attr-defined]
+            return out
         out = call.run()
-        if self.strict and call.name not in _MOVES and any(t.requires_grad for t in _tensors(out)):
+        if call.name in _MOVES and isinstance(out, Tensor) and _is_gate(tracked[0]):
+            out._relevance_gate = True  # type: ignore[attr-defined]
+        if self.strict and call.name not in _MOVES and any(t.requires_grad for t in tensors_in(out)):
             where = f" in {self.current()}" if self.current() else ""
             raise UserError(
                 f"there is no relevance rule for {call.name}{where}; with strict=False its gradient stands in, and "
@@ -109,9 +106,9 @@ class RelevancePass:
         self.first = name if self.first is None else self.first
         if not x.requires_grad:  # only its weights depend on the input; they are a gate
             return call.run().detach()
-        layer = Layer(
-            name, self.rule_for(name, kind, name == self.first), linear, self.keep(x), x, weight, bias, out_axis, 0
-        )
+        rule = self.rule_for(name, kind, name == self.first)
+        assert rule is not None
+        layer = Layer(name, rule, linear, self.keep(x), x, weight, bias, out_axis, 0)
         out = self._weighted(layer, call.run)
         out._relevance_layer = layer._replace(version=out._version)  # type: ignore[attr-defined]
         return out
@@ -134,19 +131,78 @@ class RelevancePass:
         given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
         layer: Layer | None = getattr(given["input"], "_relevance_layer", None)
         mean, var = given.get("running_mean"), given.get("running_var")
-        if layer is None or layer.version != given["input"]._version or given.get("training"):
+        if mean is None or var is None or given.get("training"):
             return self.identity(call, tracked)
-        if mean is None or var is None or (layer.out_axis == 1 and len(mean) != layer.weight.shape[1]):
-            return self.identity(call, tracked)
+        if layer is not None and (
+            layer.version != given["input"]._version
+            or (layer.out_axis == 1 and len(mean) != layer.weight.shape[1])
+            or (layer.out_axis < 0 and given["input"].ndim != 2)  # it counts another axis than the layer's outputs
+        ):
+            layer = None
         scale = (var.detach() + given.get("eps", 1e-5)).rsqrt()
         if given.get("weight") is not None:
             scale = scale * given["weight"].detach()
+        if layer is None:
+            return self._lone_norm(call, given, scale)
         shift = -mean.detach() if layer.bias is None else layer.bias.detach() - mean.detach()
         shift = shift * scale if given.get("bias") is None else shift * scale + given["bias"].detach()
         shape = [1] * layer.weight.ndim
         shape[max(layer.out_axis, 0)] = -1
         folded = layer._replace(weight=layer.weight * scale.view(shape), bias=shift)
         return self._weighted(folded, call.run)
+
+    def _lone_norm(self, call: Call, given: dict[str, Any], scale: Tensor) -> Tensor:
+        """A batch norm that follows no layer."""
+        shift = -given["running_mean"].detach() * scale
+        shift = shift if given.get("bias") is None else shift + given["bias"].detach()
+        shape = [1, -1, *[1] * (given["input"].ndim - 2)]
+        return self._affine(call, given["input"], lambda _: (scale.view(shape), shift.view(shape)))
+
+    def layer_norm(self, call: Call, tracked: list[Tensor]) -> Tensor:
+        """Its statistics are constants."""
+        given = {
+            **dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), call.args, strict=False)),
+            **call.kwargs,
+        }
+        weight, bias = given.get("weight"), given.get("bias")
+
+        def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+            axes = tuple(range(-len(given["normalized_shape"]), 0))
+            var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+            scale = (var + given.get("eps", 1e-5)).rsqrt() * (1.0 if weight is None else weight.detach())
+            return scale.expand_as(x), -mean * scale + (0.0 if bias is None else bias.detach())
+
+        return self._affine(call, given["input"], parts)
+
+    def group_norm(self, call: Call, tracked: list[Tensor]) -> Tensor:
+        """Its statistics are constants."""
+        given = {**dict(zip(("input", "num_groups", "weight", "bias", "eps"), call.args, strict=False)), **call.kwargs}
+        weight, bias = given.get("weight"), given.get("bias")
+
+        def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            groups = x.reshape(len(x), given["num_groups"], -1)
+            var, mean = torch.var_mean(groups, -1, correction=0, keepdim=True)
+            scale = (var + given.get("eps", 1e-5)).rsqrt().expand_as(groups).reshape(x.shape)
+            shift = -mean.expand_as(groups).reshape(x.shape) * scale
+            if weight is not None:
+                scale, shift = scale * weight.detach().view(shape), shift * weight.detach().view(shape)
+            return scale, shift if bias is None else shift + bias.detach().view(shape)
+
+        return self._affine(call, given["input"], parts)
+
+    def _affine(self, call: Call, x: Tensor, parts: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """x · scale + shift under the composite's rule for norms; without one relevance passes unchanged."""
+        rule = self.rule_for(self.current(), "norm", False)
+        if rule is None or not x.requires_grad:
+            return self.identity(call, [x])
+        kept = self.keep(x)
+
+        def back(relevance: Tensor) -> tuple[Tensor]:
+            scale, shift = parts(kept.tensor)
+            return (rule(torch.mul, kept.tensor, scale, shift, relevance),)
+
+        return propagate(call.run, back, x)
 
     def identity(self, call: Call, tracked: list[Tensor]) -> Any:
         """Relevance passes unchanged to the first argument (activations, norms); other tracked ones are constants."""
@@ -156,8 +212,8 @@ class RelevancePass:
         return propagate(call.run, lambda relevance: (relevance,), x)
 
     def sums(self, call: Call, tracked: list[Tensor]) -> Tensor:
-        """A sum is shared out by contribution; what is added to a constant passes."""
-        if len(tracked) == 1:
+        """A sum is shared out by contribution; what is added to a constant passes, where biases swallow nothing."""
+        if len(tracked) == 1 and self.rule_for(self.current(), "norm", False) is None:
             x = tracked[0]
             return propagate(call.run, lambda relevance: (relevance.sum_to_size(x.shape),), x)
         return self._by_contribution(call, tracked, 1.0)
@@ -167,6 +223,7 @@ class RelevancePass:
         pair = list({id(t): t for t in tracked}.values())
         if call.name in _QUOTIENTS:
             pair = pair[:1]
+        pair = [t for t in pair if not _is_gate(t)] or pair
         largest = max(t.numel() for t in pair)
         takers = [t for t in pair if t.numel() == largest]
         return propagate(
@@ -214,7 +271,7 @@ class RelevancePass:
         kept = [self.keep(t) for t in tracked]
         others = {
             id(t): self.keep(t)
-            for t in _tensors((call.args, call.kwargs))
+            for t in tensors_in((call.args, call.kwargs))
             if t.is_floating_point() and all(t is not one for one in tracked)
         }
 
@@ -222,7 +279,7 @@ class RelevancePass:
             leaves = [k.tensor.requires_grad_() for k in kept]
             found: dict[int, Tensor] = {key: k.tensor for key, k in others.items()}
             found |= {id(t): leaf for t, leaf in zip(tracked, leaves, strict=True)}
-            args, kwargs = _swapped((call.args, call.kwargs), found)
+            args, kwargs = swapped((call.args, call.kwargs), found)
             with torch.enable_grad():
                 z = call.function(*args, **kwargs)
             s = share * ratio(relevance, z.detach(), _EPSILON)
@@ -241,45 +298,9 @@ class RelevancePass:
         return kept
 
 
-class _Propagate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Callable[[], Any], back: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Any:
-        ctx.back = back
-        return run()
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> Any:  # type: ignore[override]
-        return None, None, *ctx.back(relevance)
-
-
-def propagate(run: Callable[[], Any], back: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Any:
-    """The value of ``run()``; relevance that comes back to it is shared among ``inputs`` by ``back``."""
-    with torch.no_grad():
-        out = run()
-    if any(out is x for x in inputs):  # dropout that is off returns what it got
-        return out
-    return _Propagate.apply(lambda: out, back, *inputs)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _swapped(value: Any, found: dict[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return found.get(id(value), value)
-    if isinstance(value, dict):
-        return {key: _swapped(item, found) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_swapped(item, found) for item in value)
-    return value
+def _is_gate(tensor: Tensor) -> bool:
+    """Whether it came out of a sigmoid, perhaps moved since."""
+    return getattr(tensor, "_relevance_gate", False)
 
 
 def _named(method: Any, names: str) -> Iterable[tuple[str, Any]]:
@@ -292,11 +313,14 @@ _LAYERS = {
     **{f"conv{n}d": ("conv", 0) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": ("conv", 1) for n in (1, 2, 3)},
 }
+_GATES = frozenset({"sigmoid", "hardsigmoid"})
 _QUOTIENTS = frozenset({"div", "true_divide", "divide", "rtruediv"})
 _KINDS: dict[str, Callable[[RelevancePass, Call, list[Tensor]], Any]] = dict(
     (
         ("batch_norm", RelevancePass.batch_norm),
         ("scaled_dot_product_attention", RelevancePass.attention),
+        ("layer_norm", RelevancePass.layer_norm),
+        ("group_norm", RelevancePass.group_norm),
         ("addcmul", RelevancePass.addcmul),
         ("glu", RelevancePass.glu),
         *_named(
@@ -304,7 +328,7 @@ _KINDS: dict[str, Callable[[RelevancePass, Call, list[Tensor]], Any]] = dict(
             "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid "
             "logsigmoid log_sigmoid tanh softplus softsign threshold clamp clamp_min clamp_max clip neg abs pow square "
             "sqrt rsqrt exp log reciprocal erf sin cos dropout dropout1d dropout2d dropout3d alpha_dropout "
-            "feature_dropout feature_alpha_dropout layer_norm group_norm instance_norm rms_norm normalize "
+            "feature_dropout feature_alpha_dropout instance_norm rms_norm normalize "
             "local_response_norm nan_to_num native_batch_norm",
         ),
         *_named(RelevancePass.sums, "add sub rsub subtract"),

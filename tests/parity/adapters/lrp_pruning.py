@@ -13,7 +13,7 @@ from isthmus.compression.filter_scores import Criterion, filter_scores
 from isthmus.compression.ranking import lowest, one_at_a_time
 from isthmus.compression.surgery import Surgery
 from isthmus.lenses.relevance import COMPOSITES, Composite, relevance
-from isthmus.lenses.relevance_rules import Box, PositiveWeights
+from isthmus.lenses.relevance_rules import AlphaBetaWeights, Box, PositiveWeights, Rule, Simple
 from tests.parity.case import Case, UnknownCase
 
 
@@ -61,10 +61,16 @@ def vgg(case: Case) -> dict[str, Tensor]:
     convs = ["features.0", "features.2", "features.5"]
 
     found = {"logits": model(x)}
-    for name in ("z", "simple", "alphabeta"):
-        r = relevance(model, x, label, name)
+    released: dict[str, Rule] = {
+        "z": PositiveWeights(),
+        "simple": Simple(bias=False),
+        "alphabeta": AlphaBetaWeights(config.get("alpha", 1.0), drop=False),
+    }
+    for name, rule in released.items():
+        composite = Composite(rule, rule)
+        r = relevance(model, x, label, composite)
         found |= {f"R_{name}.at_output_of_{layer}": r[layer] for layer in convs} | {f"R_{name}.input": r.input}
-        scores = filter_scores(model, [(x, label)], Criterion("relevance", composite=name, normalize="sum"))
+        scores = filter_scores(model, [(x, label)], Criterion("relevance", composite=composite, normalize="sum"))
         found |= {f"rank_{name}.conv{i}": scores[layer] for i, layer in enumerate(convs)}
     z = PositiveWeights()
     found["R_first.input"] = relevance(model, x, label, Composite(z, z, Box(-1.0, 1.0))).input
@@ -89,18 +95,23 @@ def vgg(case: Case) -> dict[str, Tensor]:
 
 def resnet(case: Case) -> dict[str, Tensor]:
     config, x, label = case.config, case.inputs["x"], case.inputs["label"]
-    model = SmallResNet(config["block"], config["num_blocks"], config["planes"], config["classes"])
+    model = SmallResNet(config["block"], config["num_blocks"], config["planes"], config["classes"], x.shape[1])
     told = model.load_state_dict(case.params, strict=False)
     assert not told.unexpected_keys
     assert all("num_batches" in key for key in told.missing_keys)
     model.eval()
+    logits = model(x)
+    for norm in model.modules():  # the released code folds norms into layers and leaves others behind, whose ε stays
+        if isinstance(norm, nn.BatchNorm2d):
+            for parameter in (norm.weight, norm.bias):
+                parameter.data.div_((1 + norm.eps) ** 0.5)
     r = relevance(model, x, label, COMPOSITES["resnet"])
     criterion = Criterion("relevance", composite="resnet", absolute="element", normalize="none")
     theirs = config["sorted_conv_names"]
     scores = filter_scores(model, [(x, label)], criterion, theirs)
     plan = lowest(scores, len(case.expected["plan"]), floor=0)
     return {
-        "logits": r.logits,
+        "logits": logits,
         "R_input": r.input,
         "anchor_sum": r.start.sum()[None],
         "plan": torch.tensor([(theirs.index(layer), f) for layer, f in plan]),
@@ -138,10 +149,10 @@ class Block(nn.Module):
 class SmallResNet(nn.Module):
     """A 3x3 stem without a pool, stages of blocks, the mean of all places; activations are plain functions."""
 
-    def __init__(self, block: str, blocks: list[int], planes: list[int], classes: int) -> None:
+    def __init__(self, block: str, blocks: list[int], planes: list[int], classes: int, channels_in: int = 3) -> None:
         super().__init__()
         kernels, expansion = ((3, 3), 1) if block == "basic" else ((1, 3, 1), 4)
-        self.conv1 = nn.Conv2d(3, planes[0], 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels_in, planes[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
         self.stages, channels = len(blocks), planes[0]
         for i, (number, width) in enumerate(zip(blocks, planes, strict=True)):
