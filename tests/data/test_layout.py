@@ -105,6 +105,19 @@ def test_a_data_set_one_folder_too_deep_keeps_its_classes(tmp_path: Path) -> Non
     assert any("download/animals, which holds all files" in note for note in dataset.notes)
 
 
+def test_a_stray_picture_may_stand_in_the_folder_that_holds_all(tmp_path: Path) -> None:
+    fill(tmp_path, *ten("download/cat", "download/dog"), "download/preview.png")
+    assert whole(tmp_path).classes == ["cat", "dog"]
+    assert any(
+        "1 files beside the folders are left out, such as download/preview.png" in n for n in whole(tmp_path).notes
+    )
+
+
+def test_one_class_with_some_pictures_deeper_stays_one_class(tmp_path: Path) -> None:
+    fill(tmp_path, *ten("cat", "cat/kittens"))
+    assert whole(tmp_path).classes == ["cat"]
+
+
 def test_a_link_that_repeats_a_folder_is_not_read(tmp_path: Path) -> None:
     fill(tmp_path / "set", *ten("cat", "dog"))
     fill(tmp_path / "elsewhere", *ten("gnu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tracemalloc
 import zlib
@@ -482,3 +483,9 @@ def _tiff16() -> bytes:
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
     assert len(head) == 122
     return head + struct.pack("<HHH", 16, 16, 16) + bytes(range(12))
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(UserError, match="is no regular file"):
+        read(tmp_path / "x.png")

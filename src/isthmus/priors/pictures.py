@@ -60,6 +60,8 @@ def read(path: Path) -> Image.Image:
         UserError: no file, no picture, one with 16 bits a channel, or a moving one.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no regular file; give a picture.")
         opened: Any = Image.open(path)
         with opened as image:
             _check_depth(path, image)

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from isthmus.catalog import published
 from isthmus.codec import Codec, UserError, write_atomically
-from isthmus.data import Dataset, evaluation_batches, load
+from isthmus.data import Dataset, evaluation_batches, example_batch, load
 from isthmus.data.builtin.street_numbers import NumberBox
 from isthmus.data.dataset import Unreadable
 from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
+from isthmus.data.splits import spaced
 from isthmus.data.transforms import CenterCrop, Compose, RandomCrop, Resize, Transform
 from isthmus.decoders.digit_sequence import (
     AbsentDigits,
@@ -313,8 +314,13 @@ def _draw(
     axis.set_ylabel("share of answers that are right")
     axis.spines[["top", "right"]].set_visible(False)
     run.figure("coverage", figure, f"Coverage on held-out images; the line is at {config.accuracy:.0%}.")
-    chosen = np.arange(min(24, len(dataset))) * len(dataset) // min(24, len(dataset))
-    batch = next(evaluation_batches(dataset.select(chosen), len(chosen), transform=_transforms(config, dataset)[1]))
+    plain = _transforms(config, dataset)[1]
+    chosen = spaced(len(dataset), 24)
+    if len(correct) == len(dataset):
+        batch = example_batch(dataset, chosen, plain)
+    else:  # some could not be read, which moves the others' places
+        batch = next(evaluation_batches(dataset, 24, transform=plain))
+        chosen = np.arange(len(batch["image"]))
     told = reading.strings()
     captions = [f"{told[i] if told[i] is not None else '?'} ({float(confidence[i]):.2f})" for i in chosen]
     pictures = figures.captioned(batch["image"], captions, [bool(correct[i]) for i in chosen], columns=8)

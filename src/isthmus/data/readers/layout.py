@@ -117,9 +117,11 @@ def say_left_out(tree: Tree, names: Sequence[str], what: str) -> list[str]:
 def _shared(places: Sequence[Place]) -> str:
     """Take off the folders that all files share, but the last one above them and those that are parts; tell which."""
     taken = []
-    while places and all(len(place.folders) > 1 for place in places):
+    while places and all(place.folders for place in places):
         first = {place.folders[0] for place in places}
-        if len(first) > 1 or part_of(next(iter(first))):
+        second = {place.folders[1] for place in places if len(place.folders) > 1}
+        loose = sum(len(place.folders) == 1 for place in places)
+        if len(first) > 1 or part_of(next(iter(first))) or 2 * loose >= len(places) or len(second) < 1 + bool(loose):
             break
         taken += first
         for place in places:

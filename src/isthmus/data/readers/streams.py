@@ -56,6 +56,8 @@ class Stream:
 
     image_size = None
     in_memory = False
+    mask_classes: Sequence[str] | None = None
+    notes: Sequence[str] = ()
 
     def __init__(
         self, name: str, shards: Sequence[Shard], columns: Columns, wanted: Sequence[str], buffer: int = 1024
