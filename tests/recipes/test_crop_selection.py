@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from isthmus.codec import UserError, load_weights
+import isthmus
+from isthmus.codec import UserError
 from isthmus.data import Memory, evaluation_batches, load
+from isthmus.encoders.images.patch_net import PatchNet
 from isthmus.engine import Run, Training
 from isthmus.recipes import crop_selection
-from isthmus.recipes.crop_selection import Config, PatchNet
+from isthmus.recipes.crop_selection import Config
 from isthmus.robustness.shifts import EIGHT, view
+from isthmus.tasks import applying
 
 SMALL = {"view": 30, "crop": 16, "middle_crop": 20, "wide_crop": 24, "data": "textures:32", "test_images": 24}
 
@@ -44,38 +47,31 @@ def test_apply_says_where_the_crop_is(trained_run: tuple[Path, dict[str, Any]], 
     image = load("textures:40", "test")[3]["image"].permute(1, 2, 0).numpy()
     Image.fromarray(image).save(tmp_path / "a.png")
     Image.fromarray(image[:10, :10]).save(tmp_path / "small.png")
-    (tmp_path / "no.txt").write_text("no picture")
-    files = [tmp_path / name for name in ("a.png", "small.png", "no.txt")]
-    written = crop_selection.apply(trained_run[0], files, tmp_path / "out")
-    assert [path.name for path in written] == ["classes.json", "a-crop.png"]
+    files = [tmp_path / name for name in ("a.png", "small.png")]
+    written = applying.apply(trained_run[0], files, tmp_path / "out", crop_selection.answer)
+    assert [path.name for path in written] == ["answers.json", "a-answer.png"]
     found = json.loads(written[0].read_text())
-    crop = found[str(files[0])]["crop"]
-    assert 0 <= crop["top"] <= 24
+    assert 0 <= found[str(files[0])]["crop"]["top"] <= 24
     assert isinstance(found[str(files[0])]["stable"], bool)
     assert "smaller than the crop" in found[str(files[1])]["skipped"]
-    with pytest.raises(UserError, match="none of the inputs"):
-        crop_selection.apply(trained_run[0], files[1:], tmp_path / "none")
-    assert not (tmp_path / "none").exists()
 
 
 def test_a_photograph_is_seen_as_the_run_sees_it(trained_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     pixels = torch.nn.functional.interpolate(load("textures:64", "test")[5]["image"][None].float(), (96, 160)).byte()
     Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
-    entry = json.loads(crop_selection.apply(trained_run[0], [tmp_path / "photo.png"], tmp_path / "out")[0].read_text())
-    told = entry[str(tmp_path / "photo.png")]
+    written = applying.apply(trained_run[0], [tmp_path / "photo.png"], tmp_path / "out", crop_selection.answer)
+    found = json.loads(written[0].read_text())[str(tmp_path / "photo.png")]
     config = Config(**SMALL)
     data = Memory("photo", {"image": pixels})
     prepared = next(evaluation_batches(data, 1, transform=crop_selection._source(config)))["image"]
     assert prepared.shape == (1, 3, 32, 32)
-    network = PatchNet(8)
-    load_weights(network, trained_run[0] / "network.safetensors")
-    robust = crop_selection._selecting(config, network.eval(), 16)
+    robust = crop_selection._selecting(config, isthmus.load(trained_run[0]).model, 16)
     with torch.no_grad():
-        answers = [robust(view(prepared, 30, shift))[0] for shift in ((0, 0), *EIGHT)]
-    assert told["probability"] == pytest.approx(float(answers[0].softmax(0).max()), abs=1e-4)
-    assert told["stable"] == (len({int(answer.argmax()) for answer in answers}) == 1)
+        logits = [robust(view(prepared, 30, shift))[0] for shift in ((0, 0), *EIGHT)]
+    assert found["probability"] == pytest.approx(float(logits[0].softmax(0).max()), abs=1e-4)
+    assert found["stable"] == (len({int(each.argmax()) for each in logits}) == 1)
     top, left = robust.select(view(prepared, 30)).offset[0].tolist()
-    assert told["crop"] == {"top": 3 * (top + 1), "left": 32 + 3 * (left + 1), "size": 48}, "in pixels of the picture"
+    assert found["crop"] == {"top": 3 * (top + 1), "left": 32 + 3 * (left + 1), "size": 48}, "in pixels of the picture"
 
 
 def test_takes_a_persons_own_network(tmp_path: Path) -> None:
@@ -100,20 +96,22 @@ def test_takes_a_persons_own_network(tmp_path: Path) -> None:
         ({"encoder": "vit_tiny_patch16_224"}, r"does not take pictures of 16×16 pixels .* give --size"),
     ],
 )
-def test_impossible_settings_are_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    config = Config(**{**SMALL, **changes})
-    with Run.quick(tmp_path, name="crop-selection", config=config) as run, pytest.raises(UserError, match=message):
-        crop_selection.run(config, run)
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        crop_selection.check(Config(**{**SMALL, **changes}))
 
 
 def test_a_network_of_other_classes_is_refused_and_pixels_are_normalised_as_it_wants(tmp_path: Path) -> None:
     save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "mine.safetensors")
     config = Config(**SMALL, encoder="resnet10t", checkpoint=str(tmp_path / "mine.safetensors"), size=32)
-    with Run.quick(tmp_path, name="crop-selection", config=config) as run, pytest.raises(UserError, match="tells 3"):
+    with (
+        Run.quick(tmp_path, name="crop-selection", config=config) as run,
+        pytest.raises(UserError, match="is for 3 classes"),
+    ):
         crop_selection.run(config, run)
     half = timm.create_model("vit_tiny_patch16_224", depth=1)
     assert crop_selection._selecting(config, half, 16).mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    assert tuple(crop_selection._normalise(PatchNet(2)).mean) == (0.485, 0.456, 0.406)
+    assert crop_selection._inputs(config, PatchNet(2)).mean == (0.485, 0.456, 0.406)
 
 
 def test_the_twin_has_as_many_parameters() -> None:

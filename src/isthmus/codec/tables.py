@@ -38,6 +38,7 @@ _PARTS = {
     "isthmus.encoders.images.hornet": ("HorNet",),
     "isthmus.encoders.images.inceptionnext": ("InceptionNeXtMixers",),
     "isthmus.encoders.images.maxout_cnn": ("MaxoutCNN",),
+    "isthmus.encoders.images.patch_net": ("PatchNet",),
     "isthmus.encoders.images.pixels": ("Pixels",),
     "isthmus.encoders.images.qlae": ("DenseEncoder", "QLAEEncoder"),
     "isthmus.encoders.images.token_mixers": ("MetaMixerMixers",),

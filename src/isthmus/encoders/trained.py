@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, create_timm
@@ -48,6 +49,29 @@ def trained(
         model = create_timm(name, **timm_kwargs, num_classes=classes)
     load_into(model, found, name, _renaming(model, found))
     return model.eval()
+
+
+def num_outputs(network: nn.Module, name: str, size: int) -> int:
+    """How many classes a network tells apart.
+
+    Args:
+        network: images to logits ``(B, K)``; on any device, the meta device too.
+        name: for the message.
+        size: pixels a side.
+
+    Raises:
+        UserError: it does not take pictures of ``size`` × ``size`` pixels.
+    """
+    mode = network.training
+    like = next(network.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            return network.eval()(torch.zeros(1, 3, size, size, device=like.device)).shape[-1]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{name} does not take pictures of {size}×{size} pixels ({reason}); give --size.") from error
+    finally:
+        network.train(mode)
 
 
 def _of_numpy(name: str, path: Path, timm_kwargs: dict[str, Any]) -> nn.Module:

@@ -111,6 +111,32 @@ def stability(
 
 
 @torch.no_grad()
+@torch.no_grad()
+def agreement(
+    select: Callable[[Tensor], Any], batches: Iterable[Mapping[str, Any]], size: int | tuple[int, int]
+) -> tuple[float, float]:
+    """How often a view and its neighbours one pixel off choose the very same pixels of the source.
+
+    Args:
+        select: views to what has ``offset``, int64 ``(B, 2)``, of the window that is chosen.
+        batches: with ``image``, a pixel larger than the view on every side.
+        size: of the view.
+
+    Returns:
+        The share of pairs of views that agree, and the share of images of which all four neighbours agree.
+    """
+    same = all_same = total = 0
+    for batch in batches:
+        still = select(view(batch["image"], size)).offset
+        agreeing = torch.ones(len(still), dtype=torch.bool, device=still.device)
+        for shift in FOUR:
+            moved = select(view(batch["image"], size, shift)).offset
+            equal = (moved + torch.tensor(shift, device=moved.device) == still).all(1)
+            same, agreeing = same + int(equal.sum()), agreeing & equal
+        total, all_same = total + len(still), all_same + int(agreeing.sum())
+    return same / max(1, len(FOUR) * total), all_same / max(1, total)
+
+
 def similarity(
     embed: Callable[[Tensor], Tensor],
     batches: Iterable[Mapping[str, Any]],

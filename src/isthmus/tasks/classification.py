@@ -79,7 +79,9 @@ def open(config: ClassificationConfig, run: Run, inputs: Inputs | None = None, i
     """
     source = load(config.data, config.train_split, NEEDS, run.seed).first(images)
     held_out = load(config.data, config.eval_split, NEEDS, run.seed).first(config.test_images)
-    return ClassificationTask(config, run, source, held_out, inputs or inputs_of(config))
+    task = ClassificationTask(config, run, source, held_out, inputs or inputs_of(config))
+    run.log(f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {task.num_classes} classes.")
+    return task
 
 
 def inputs_of(config: ClassificationConfig) -> Inputs:
@@ -110,9 +112,6 @@ class ClassificationTask:
         self.classes = class_names(source, held_out)
         self.measured = inputs.transform()
         self.augmented = self._augmented(config.augmentation)
-        run.log(
-            f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {len(self.classes)} classes."
-        )
 
     @property
     def num_classes(self) -> int:
