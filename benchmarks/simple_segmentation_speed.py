@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
 
 from benchmarks.common import compare, record, table
-from isthmus.recipes.simple_segmentation import released
+from isthmus.decoders.ffnet_head import released
 
 SIZE = (256, 512)
 OURS = ("ffnet86S_dBBB_mobile", "ffnet46NS_CCC_mobile", "ffnet50_AAA", "ffnet34_ABB", "ffnet56_ABB")

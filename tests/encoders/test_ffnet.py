@@ -7,9 +7,9 @@ import timm
 import torch
 
 from isthmus.codec import UserError
+from isthmus.decoders.ffnet_head import released
 from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.images.ffnet import SIZES, FFNet, Smoothing, arguments_of, checkpoint_filter_fn
-from isthmus.recipes.simple_segmentation import released
 
 SMALL = {"layers": (1, 1, 1, 1), "widths": (4, 8, 12, 16), "num_classes": 0}
 
@@ -75,7 +75,7 @@ def test_released_networks_have_the_published_size(name: str, count: int) -> Non
     [
         ("ffnet86S_AAA", "B bodies an S"),
         ("ffnet86S_BBD", "names are like"),
-        ("ffnet99_AAA", "no FFNet of depth 99"),
+        ("ffnet99_AAA", "no model 'ffnet99'"),
         ("ffnet50_AAX", "names are like"),
         ("resnet50", "names are like"),
     ],

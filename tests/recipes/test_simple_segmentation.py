@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
+import isthmus
 from isthmus.codec import Codec, UserError
 from isthmus.codec.published import convert
 from isthmus.data import load
+from isthmus.data.builtin.cues import FAR, cue_scenes
 from isthmus.decoders.ffnet_head import released
 from isthmus.engine import Run, Training
 from isthmus.objectives.segmentation import Segmentation
 from isthmus.recipes import simple_segmentation
-from isthmus.recipes._simple_segmentation_cues import FAR, cue_scenes
-from isthmus.recipes._simple_segmentation_fields import fields
-from isthmus.recipes._simple_segmentation_measures import palette
-from isthmus.recipes.simple_segmentation import Config, _class_names
+from isthmus.recipes.simple_segmentation import Config
+from isthmus.report.figures import palette
+from isthmus.tasks import applying, dense
 
 BRIEF = Training(steps=3, batch_size=4, lr=1e-3)
 SMALL: dict[str, Any] = {
@@ -52,18 +54,14 @@ def test_measures_and_draws(trained: tuple[Path, dict[str, Any]]) -> None:
 def test_apply_masks_pictures_of_any_size(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     image = load("scenes:90", "test")[0]["image"].permute(1, 2, 0).numpy()
     Image.fromarray(image[:70, :53]).save(tmp_path / "a.png")
-    (tmp_path / "no.txt").write_text("no picture")
-    written = simple_segmentation.apply(trained[0], [tmp_path / "a.png", tmp_path / "no.txt"], tmp_path / "out")
-    assert [path.name for path in written] == ["masks.json", "a-mask.png", "a-overlay.png"]
-    document = json.loads(written[0].read_text())
+    written = applying.apply(trained[0], [tmp_path / "a.png"], tmp_path / "out", simple_segmentation.answer)
+    assert [path.name for path in written] == ["answers.json", "a-mask.png", "a-overlay.png"]
+    entry = json.loads(written[0].read_text())[str(tmp_path / "a.png")]
     mask = np.array(Image.open(written[1]))
     assert mask.shape == (70, 53)
-    assert mask.max() < len(document["classes"])
-    entry = document["pictures"][str(tmp_path / "a.png")]
+    assert mask.max() < len(entry["classes"]) == len(entry["palette"])
     assert sum(entry["share"].values()) == pytest.approx(1, abs=1e-2)
-    with pytest.raises(UserError, match="none of the inputs"):
-        simple_segmentation.apply(trained[0], [tmp_path / "no.txt"], tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    assert entry["share"].keys() == {entry["classes"][value] for value in np.unique(mask)}
 
 
 def test_takes_other_encoders_and_ignores_a_class(tmp_path: Path) -> None:
@@ -80,7 +78,7 @@ def test_encoders_of_one_size_segment_pictures_of_any(encoder: str, tmp_path: Pa
     with Run.quick(tmp_path / "run", name="simple-segmentation", config=config) as run:
         simple_segmentation.run(config, run)
     Image.new("RGB", (71, 33)).save(tmp_path / "a.png")
-    written = simple_segmentation.apply(run.dir, [tmp_path / "a.png"], tmp_path / "out")
+    written = applying.apply(run.dir, [tmp_path / "a.png"], tmp_path / "out", simple_segmentation.answer)
     with Image.open(written[1]) as mask:
         assert mask.size == (71, 33)
 
@@ -88,7 +86,8 @@ def test_encoders_of_one_size_segment_pictures_of_any(encoder: str, tmp_path: Pa
 def test_classes_are_named_by_the_source_or_counted_in_every_mask(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    named = json.loads((trained[0] / "segmenter" / "classes.json").read_text())
+    named = isthmus.load(trained[0]).labels
+    assert named is not None
     assert named[:2] == ["ground", "circle"]
     masks = [np.zeros((4, 4), np.uint8) for _ in range(300)]
     masks[201][0, 0] = 5  # one pixel of one picture
@@ -97,7 +96,7 @@ def test_classes_are_named_by_the_source_or_counted_in_every_mask(
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
     config = Config(data=f"parquet:{tmp_path}/train.parquet", images=0, test_images=0)
     with Run.quick(tmp_path / "run", name="simple-segmentation", config=config) as run:
-        assert _class_names(config, run) == list("012345")
+        assert dense.open(config, run).names == list("012345")
 
 
 def test_one_class_is_a_binary_mask() -> None:
@@ -126,6 +125,10 @@ def test_impossible_settings_are_refused_before_anything_runs(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     config = Config(**{**SMALL, "field": True, **changes})
+    if "training" not in changes:
+        with pytest.raises(UserError, match=message):
+            simple_segmentation.check(config)
+        return
     quick = Run.quick(tmp_path, name="simple-segmentation", config=config)
     with quick as run, pytest.raises(UserError, match=message):
         simple_segmentation.run(config, run)
@@ -150,9 +153,9 @@ def test_far_cues_are_far_and_classes_follow_them() -> None:
         cue_scenes(2, 64, 0, "train")
 
 
-def test_basic_blocks_hear_further(tmp_path: Path) -> None:
+def test_basic_blocks_see_further(tmp_path: Path) -> None:
     with Run.quick(tmp_path, name="simple-segmentation") as run:
-        fields(run, size=193, tries=1)
+        simple_segmentation._fields(run, size=193, tries=1)
     metrics = json.loads((run.dir / "report.json").read_text())["metrics"]
     assert metrics["field_ratio"]["value"] > 1
     assert metrics["field_parameters_ratio"]["value"] < 1
@@ -198,6 +201,25 @@ def test_published_checkpoints_become_codecs(tmp_path: Path) -> None:
     assert torch.equal(Codec.from_pretrained(made)(images).prediction, codec(images).prediction)
     with pytest.raises(UserError, match="does not fit ffnet46NS_CBB_mobile"):
         convert(path, tmp_path / "other", name="ffnet46NS_CBB_mobile")
+
+
+def test_overlap_counts_pixels_and_leaves_out_classes_that_no_mask_holds() -> None:
+    table = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
+    found = dense.overlap(table)
+    assert found.each[:2] == pytest.approx([6 / 9, 3 / 6])
+    assert np.isnan(found.each[2])
+    assert found.miou == pytest.approx((6 / 9 + 3 / 6) / 2)
+    assert found.pixel_accuracy == 9 / 12
+
+
+def test_the_moving_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
+    config = Config(**{**SMALL, "training": dataclasses.replace(BRIEF, ema=0.5)})
+    with Run.quick(tmp_path, name="simple-segmentation", config=config) as run:
+        simple_segmentation.run(config, run)
+    averaged = torch.load(run.dir / "checkpoints" / "segmenter.result.pt", weights_only=True)["ema"]
+    weights = isthmus.load(run.dir).model.state_dict()
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in weights.items() if name in averaged)
+    assert averaged.keys() & weights.keys()
 
 
 def test_colours_of_classes_differ() -> None:

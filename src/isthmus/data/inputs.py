@@ -109,6 +109,10 @@ class Inputs:
         """The same for squares of another side."""
         return replace(self, size=(size, size))
 
+    def natural(self) -> Self:
+        """The same for pictures as they are, of any size."""
+        return replace(self, size=None)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, for a file."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -132,6 +132,31 @@ def contribution(model: nn.Module, image: Tensor, features: Callable[[Tensor], T
     return gradient.relu().sum((0, 1))
 
 
+def field_of_noise(body: nn.Module, size: int, device: torch.device | None = None) -> Tensor:
+    """How much every pixel ``(H, W)`` of a picture of noise counts for the centre of an untrained network's last map.
+
+    Batch norm runs on statistics of three other pictures: those of the batch itself would carry gradients everywhere.
+
+    Args:
+        body: a timm model; its batch norms are reset to means over what they see.
+        size: pixels a side.
+        device: where the noise is drawn.
+    """
+    features: Any = body.forward_features
+    body.to(device).train()
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain mean over what is seen
+    with torch.no_grad():
+        for _ in range(3):
+            features(torch.randn(1, 3, size, size, device=device))
+    x = torch.randn(1, 3, size, size, device=device, requires_grad=True)
+    body.eval()
+    last = features(x)
+    (gradient,) = torch.autograd.grad(last[:, :, last.shape[2] // 2, last.shape[3] // 2].sum(), x)
+    return gradient.abs().sum((0, 1)).cpu()
+
+
 def last_map(model: nn.Module, x: Tensor) -> Tensor:
     """The deepest map before pooling and head norm: timm's ``forward_intermediates``, or what the model returns."""
     if hasattr(model, "forward_intermediates"):

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.decoders.ffnet_head import FFNetClassifier, FFNetHead
+from isthmus.decoders.ffnet_head import FFNetClassifier, FFNetHead, released
 from isthmus.decoders.ffnet_head import convert_official as head_from_official
 from isthmus.encoders.backbone import Backbone
 from isthmus.encoders.images.ffnet import FFNet, convert_official
-from isthmus.recipes.simple_segmentation import released
 from tests.parity.case import Case, UnknownCase
 
 _LEVELS = (4, 8, 16, 32)

@@ -294,6 +294,16 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def body_of(bottleneck: bool, divisor: int = 1) -> FFNet:
+    """Basic blocks in the layout of ResNet-34, or bottleneck blocks in that of ResNet-50, without a classifier."""
+    widths = tuple(w // divisor for w in (64, 128, 256, 512))
+    body = FFNet("resnet", (3, 4, 6, 3), widths, (widths[0],), bottleneck=bottleneck, num_classes=0)
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return body
+
+
 def _registered(name: str) -> Callable[..., FFNet]:
     def create(pretrained: bool = False, **kwargs: Any) -> FFNet:
         return build_model_with_cfg(

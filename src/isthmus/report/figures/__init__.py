@@ -14,6 +14,7 @@ from isthmus.report.figures.grids import (
     table,
     to_unit,
 )
+from isthmus.report.figures.masks import coloured, masks, overlaid, palette
 from isthmus.report.png import png
 
 confusion = confusion_matrix
@@ -21,6 +22,7 @@ confusion = confusion_matrix
 __all__ = [
     "bars",
     "captioned",
+    "coloured",
     "confusion",
     "confusion_matrix",
     "first_filters",
@@ -28,6 +30,9 @@ __all__ = [
     "histogram",
     "lines",
     "maps",
+    "masks",
+    "overlaid",
+    "palette",
     "pictures",
     "png",
     "scatter",
