@@ -288,6 +288,20 @@ def test_a_length_in_epochs_takes_the_place_of_one_in_steps_and_back(
     assert (record["config"]["again"]["steps"], record["config"]["again"]["lr"]) == (3, 0.1)
 
 
+def test_a_warm_up_longer_than_a_shortened_phase_shrinks_with_it(call: Call, toy: Path) -> None:
+    recipe = toy / "recipes/toy.py"
+    text = recipe.read_text().replace("Training(steps=3, lr=0.1)", "Training(steps=300, lr=0.1, warmup_steps=40)")
+    recipe.write_text(text)
+    for number, flags, warmup in (
+        (0, ["--train.steps", 20], 2),
+        (1, ["--train.steps", 50], 40),
+        (2, ["--train.steps=20", "--train.warmup-steps=30"], 30),
+    ):
+        assert toy_run(call, f"runs/{number}", *flags)[0] == 0
+        config = json.loads((toy / f"runs/{number}/report.json").read_text())["config"]
+        assert (config["train"]["warmup_steps"], config["again"]["warmup_steps"]) == (warmup, 40)
+
+
 def test_resuming_needs_only_the_folder(call: Call, toy: Path) -> None:
     assert (
         toy_run(call, "runs/toy", "--gain", 7, "--seed", 3, "--scale", "paper", "--widths", 1, "--again.lr", 1)[0] == 0
@@ -608,6 +622,11 @@ def test_apply_takes_files_and_folders_and_prints_what_it_wrote(call: Call, toy:
     assert json.loads(out) == ["there/one.txt"]
     code, _, err = call("apply", "runs/toy", "gone.txt")
     assert (code, err) == (2, "isthmus: there is no file gone.txt.\n")
+    config = (toy / "runs/toy/config.json").read_text()
+    (toy / "runs/toy/config.json").write_text(config.replace('"lr": 0.1', '"lr": -0.1'))
+    code, _, err = call("apply", "runs/toy", "one.txt")
+    assert (code, "runs/toy/config.json" in err, "--train.lr is above 0, got -0.1" in err) == (2, True, True)
+    (toy / "runs/toy/config.json").write_text(config)
     (toy / "runs/toy/finished.json").unlink()
     code, _, err = call("apply", "runs/toy", "one.txt")
     assert code == 2

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from isthmus.codec import UserError
-from isthmus.engine import RunOptions, Training
+from isthmus.engine import Run, RunOptions, Training
+from isthmus.engine.fit import fit
+from tests.engine.jobs import pictures
 
 
 @pytest.mark.parametrize(
@@ -53,6 +58,23 @@ def test_a_capped_schedule_keeps_its_shape() -> None:
     assert capped.milestones == (60, 120, 160)
     assert capped.warmup_steps == 10
     assert [capped.at(step)[0] for step in (50, 100, 199)] == [whole.at(step)[0] for step in (500, 1000, 1990)]
+
+
+def test_the_flag_that_mends_it_is_named(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Config:
+        pretrain_it: Training = Training(epochs=2, batch_size=200)
+        probe: Training = Training(steps=5, batch_size=64, warmup_steps=9)
+
+    config = Config()
+    for training, sentence in (
+        (config.pretrain_it, "fewer than one batch of 200; lower --pretrain-it.batch-size"),
+        (config.probe, "lower --probe.warmup-steps or --probe.warmup-epochs, or train longer"),
+        (Training(epochs=2, batch_size=300), "lower batch_size"),
+    ):
+        with Run.quick(tmp_path / str(training.batch_size), config=config) as run, pytest.raises(UserError) as refused:
+            fit(run, "train", nn.Linear(1, 1), pictures(96), training)
+        assert sentence in str(refused.value)
 
 
 def test_a_warm_up_must_end_before_the_phase() -> None:

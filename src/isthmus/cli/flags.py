@@ -81,7 +81,7 @@ def _parse(system: System, recipe: ModuleType, arguments: Sequence[str], options
         ),
         arguments,
     )
-    return parsed.scale, parsed.recipe, parsed.run
+    return parsed.scale, _warmed_up(parsed.recipe, arguments), parsed.run
 
 
 def _folder(system: System, arguments: Sequence[str]) -> Path | None:
@@ -127,6 +127,20 @@ def _in_the_unit_given(config: Any, arguments: Sequence[str]) -> Any:
                 # One of the two has to be set at all times; the flag's own value comes afterwards.
                 training = dataclasses.replace(training, **{unit: 1, other: None})
                 config = dataclasses.replace(config, **{field.name: training})
+    return config
+
+
+def _warmed_up(config: Any, arguments: Sequence[str]) -> Any:
+    """A config whose phases, made shorter than their warm-up by a flag, warm up over their first tenth."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    for field in dataclasses.fields(config):
+        phase, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        for unit in ("steps", "epochs"):
+            length, warmup = getattr(phase, unit, None), getattr(phase, f"warmup_{unit}", None)
+            changed = f"{flag}.{unit}" in given and f"{flag}.warmup-{unit}" not in given
+            if changed and length and warmup and 0 < length <= warmup:
+                shorter = dataclasses.replace(phase, **{f"warmup_{unit}": type(warmup)(length / 10)})
+                config = dataclasses.replace(config, **{field.name: shorter})
     return config
 
 

@@ -17,13 +17,17 @@ from isthmus.errors import UserError
 
 def apply(arguments: argparse.Namespace) -> int:
     """Use a finished run on new inputs; print the files that were written."""
+    from isthmus.cli.flags import check, settings_of
     from isthmus.engine.folder import read_config
+    from isthmus.engine.options import RunOptions
 
     folder = arguments.run
     name = read_config(folder)["name"]
     if not (folder / "finished.json").is_file():
         raise UserError(f"{folder} is not finished; go on with `isthmus run {name} --resume --out {folder}` first.")
     recipe = recipes.load(name)
+    _, config, _ = settings_of(folder, catalog.find(name), recipe.Config(), RunOptions())
+    check(recipe, config)
     inputs = _files(arguments.inputs)
     out = arguments.out or folder / "applied"
     if hasattr(recipe, "apply"):

@@ -20,7 +20,7 @@ from isthmus.engine.patience import Patience
 from isthmus.engine.progress import Bar
 from isthmus.engine.run import Run
 from isthmus.engine.scalars import Curves, Scalars, Window
-from isthmus.engine.training import Training
+from isthmus.engine.training import Training, flag_of, named
 from isthmus.layers.random import ShardedGenerator, derive_seed
 
 Batch = dict[str, Any]
@@ -69,8 +69,13 @@ def fit(
     _check_phase(run, phase)
     run.uses(dataset)
     samples = len(dataset) if hasattr(dataset, "__len__") else None
-    steps = run.cap(training.length(samples))
-    schedule = training.schedule_for(samples, steps)
+    flag = flag_of(run.config, training)
+    steps = run.cap(training.length(samples, flag))
+    schedule = training.schedule_for(samples, steps, flag)
+    if training.batch_size % run.world:
+        raise UserError(
+            f"{named('batch_size', flag)} {training.batch_size} cannot be shared equally by {run.world} processes."
+        )
     learner = Learner(run, objective, training, groups)
     files = Checkpoints(run.dir / "checkpoints", phase)
     identity = {"phase": phase, "seed": run.seed, "samples": samples, "steps": steps, **_numbers(training)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 from isthmus.bounds import Count, Natural, Positive, Range, Share, at_least, check_made
@@ -91,8 +91,8 @@ class Training:
         """Whether there is an evaluation after ``step`` steps."""
         return self.evaluate_every is not None and step % self.evaluate_every == 0
 
-    def length(self, samples: int | None) -> int:
-        """Optimiser steps over a source of so many samples.
+    def length(self, samples: int | None, flag: str = "") -> int:
+        """Optimiser steps over a source of so many samples; ``flag`` such as ``--pretrain`` makes errors name flags.
 
         Raises:
             UserError: the length is in epochs and the source has no length, or less than a batch.
@@ -100,29 +100,31 @@ class Training:
         if self.steps is not None:
             return self.steps
         if samples is None:
-            raise UserError("this source has no length, so epochs mean nothing for it; give steps instead.")
+            told = f"give {named('steps', flag)} instead"
+            raise UserError(f"this source has no length, so epochs mean nothing for it; {told}.")
         assert self.epochs is not None
-        return max(1, round(self.epochs * self.steps_per_epoch(samples)))
+        return max(1, round(self.epochs * self.steps_per_epoch(samples, flag)))
 
-    def steps_per_epoch(self, samples: int | None) -> int:
+    def steps_per_epoch(self, samples: int | None, flag: str = "") -> int:
         """Whole batches in one pass over so many samples."""
         if samples is None:
             return 1
         if samples < self.batch_size:
             raise UserError(
-                f"the source has {samples} samples, fewer than one batch of {self.batch_size}; lower batch_size."
+                f"the source has {samples} samples, fewer than one batch of {self.batch_size}; "
+                f"lower {named('batch_size', flag)}."
             )
         return samples // self.batch_size
 
-    def schedule_for(self, samples: int | None, steps: int) -> Schedule:
+    def schedule_for(self, samples: int | None, steps: int, flag: str = "") -> Schedule:
         """Learning rate and weight decay over ``steps`` steps; a capped run passes through the whole shape, faster."""
-        full, epoch = self.length(samples), self.steps_per_epoch(samples)
+        full, epoch = self.length(samples, flag), self.steps_per_epoch(samples, flag)
         warmup = self.warmup_steps or self.warmup_epochs * epoch
         unit = 1 if self.epochs is None else epoch
         if warmup >= full:
             raise UserError(
-                f"the warm-up of {warmup:g} steps must be shorter than the phase of {full} steps; lower warmup_steps "
-                "or warmup_epochs, or train longer."
+                f"the warm-up of {warmup:g} steps must be shorter than the phase of {full} steps; lower "
+                f"{named('warmup_steps', flag)} or {named('warmup_epochs', flag)}, or train longer."
             )
         return Schedule(
             lr=self.lr,
@@ -136,3 +138,18 @@ class Training:
             milestones=tuple(round(m * unit * steps / full) for m in self.milestones),
             gamma=self.gamma,
         )
+
+
+def named(field: str, flag: str) -> str:
+    """A field of ``Training`` as a person sets it: ``--pretrain.batch-size``, or its name where there is no flag."""
+    return f"{flag}.{field.replace('_', '-')}" if flag else field
+
+
+def flag_of(config: Any, training: Training) -> str:
+    """The flag of the settings that a recipe's config has for a phase; empty where it has none such."""
+    if not is_dataclass(config) or isinstance(config, type):
+        return ""
+    given = {f"--{field.name.replace('_', '-')}": getattr(config, field.name) for field in fields(config)}
+    same = [flag for flag, value in given.items() if value is training]
+    equal = [flag for flag, value in given.items() if isinstance(value, Training) and value == training]
+    return next(iter(same or equal), "")
