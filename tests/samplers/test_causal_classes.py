@@ -109,3 +109,28 @@ def test_a_layer_whose_crop_does_not_know_what_it_keeps_is_refused() -> None:
     cache.update(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), 0)
     with pytest.raises(UserError, match=r"update_more\(\) adds, which its crop\(\) knows nothing of"):
         truncate(cache, 2)
+
+
+def test_a_static_layer_whose_crop_forgets_its_keys_is_refused() -> None:
+    """Its ``crop`` takes back the short convolution and leaves the keys."""
+    layers = transformers.cache_utils
+    layer, keys = layers.LinearAttentionAndStaticFullAttentionLayer(max_cache_len=16), torch.randn(1, 1, 5, 2)
+    layer.update(keys, keys)
+    cache = layers.Cache(layers=[layer])
+    layer.activate_past_recording()
+    layer.update_conv_state(torch.randn(1, 3, 5), conv_kernel_size=3)
+    with pytest.raises(UserError, match="cannot be cut"):
+        prepare(cache)
+    with pytest.raises(UserError, match=r"update\(\) adds, which its crop\(\) knows nothing of"):
+        truncate(cache, 3)
+    assert int(layer.get_seq_length()) == 5
+
+
+def test_layers_that_share_keys_and_never_hold_any_are_passed_over() -> None:
+    layers, keys = transformers.cache_utils, torch.randn(1, 1, 5, 2)
+    used, shared = layers.DynamicSlidingWindowLayer(8), layers.DynamicSlidingWindowLayer(8)
+    used.update(keys, keys)
+    cache = prepare(layers.Cache(layers=[shared, used]))
+    assert truncate(cache, 5) is cache
+    truncate(cache, 3)
+    assert used.keys.shape[-2] == 3

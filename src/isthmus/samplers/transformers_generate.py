@@ -6,6 +6,7 @@ stopping criteria, prefix constraints, several sequences a prompt) is kept, only
     faster.decoded.passes  # what it cost
 
 ``do_sample=False`` gives greedy decoding's tokens exactly; otherwise samples have ordinary sampling's distribution.
+``results/causal_classes.md`` says of every causal class of transformers whether it does, or why it is refused.
 """
 
 from __future__ import annotations
