@@ -17,6 +17,7 @@ import torch
 from isthmus.codec import UserError
 from isthmus.engine import Run, RunOptions, read_config
 from isthmus.engine.run import launched_by_others, make_fabric
+from isthmus.errors import RunFailed
 from isthmus.report import read
 
 
@@ -172,6 +173,18 @@ def test_a_resumed_run_records_the_command_that_made_it(tmp_path: Path) -> None:
     with Run("spark", None, options(out=tmp_path / "r", resume=True), command="isthmus run spark --out r"):
         pass
     assert json.loads((tmp_path / "r/report.json").read_text())["command"] == "isthmus run spark --lr 2"
+
+
+def test_where_another_process_is_gone_the_record_says_so(tmp_path: Path) -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3219")
+    run = Run("spark", None, options(out=tmp_path / "r"))
+    run.close()  # the first process died
+    run.is_first, run.world = False, 2
+    with pytest.raises(RunFailed, match="another process of this run ended; go on with: isthmus run spark --resume"):
+        run.__exit__(RuntimeError, gone, None)
+    report = read(tmp_path / "r")
+    assert report["status"] == "failed"
+    assert "another process" in report["error"]
 
 
 def test_a_record_without_its_process_is_interrupted(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def is_lost(error: BaseException | None) -> bool:
     """Whether a collective failed because another process is gone, as gloo, NCCL and the store tell it."""
     if isinstance(error, torch.distributed.DistError):
         return True
-    signs = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe", "store")
+    signs = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
