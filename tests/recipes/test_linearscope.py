@@ -13,11 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from isthmus import saved
+from isthmus.bounds import check_fields
 from isthmus.codec import UserError
 from isthmus.data import load
+from isthmus.data.inputs import Inputs
 from isthmus.engine import Run, Training
 from isthmus.recipes import linearscope
 from isthmus.recipes.linearscope import Config
+from isthmus.tasks import applying
 
 BRIEF = Training(steps=3, batch_size=16, optimizer="adam", lr=2e-3)
 
@@ -43,28 +47,26 @@ def test_measures_exactness_and_what_biases_do(trained_run: tuple[Path, dict[str
 def test_apply_explains_pictures(trained_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     image = load("digits:20", "test")[3]["image"].permute(1, 2, 0).numpy()
     Image.fromarray(image).save(tmp_path / "a.png")
-    (tmp_path / "no.txt").write_text("no picture")
-    written = linearscope.apply(trained_run[0], [tmp_path / "a.png", tmp_path / "no.txt"], tmp_path / "out")
-    assert [path.name for path in written] == ["scopes.json", "a-scope.png"]
+    written = applying.apply(trained_run[0], [tmp_path / "a.png"], tmp_path / "out", linearscope.answer)
+    assert [path.name for path in written] == ["answers.json", "a-answer.png"]
     entry = json.loads(written[0].read_text())[str(tmp_path / "a.png")]
     assert entry["logit"] == pytest.approx(entry["from_pixels"] + entry["from_constants"], abs=1e-4)
     assert entry["from_constants"] == pytest.approx(sum(entry["constants_by_layer"].values()), abs=1e-4)
-    with pytest.raises(UserError, match="none of the inputs"):
-        linearscope.apply(trained_run[0], [tmp_path / "no.txt"], tmp_path / "none")
-    assert not (tmp_path / "none").exists()
 
 
 def test_looks_into_a_timm_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "mine.safetensors")
+    network = timm.create_model("resnet10t", num_classes=10)
+    save_file(network.state_dict(), tmp_path / "mine.safetensors")
     config = Config(encoder="resnet10t", checkpoint=str(tmp_path / "mine.safetensors"), size=32, looked_at=2)
     with Run.quick(tmp_path, name="linearscope", config=config) as run:
         linearscope.run(config, run)
     assert json.loads((run.dir / "report.json").read_text())["metrics"]["fidelity_classifier"]["value"] < 1e-5
     assert not run.phases
+    assert saved.load(run.dir).inputs == Inputs.of(network, (32, 32))  # as it was trained: mean, deviation, crop
     (tmp_path / "mine.safetensors").unlink()  # the run keeps what apply needs
     Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "grey.png")
-    written = linearscope.apply(run.dir, [tmp_path / "grey.png"], tmp_path / "out")
+    written = applying.apply(run.dir, [tmp_path / "grey.png"], tmp_path / "out", linearscope.answer)
     assert json.loads(written[0].read_text())[str(tmp_path / "grey.png")]["class"] in map(str, range(10))
 
 
@@ -78,18 +80,17 @@ def test_a_network_of_other_classes_is_looked_into_without_accuracies(tmp_path: 
     report = json.loads((run.dir / "report.json").read_text())
     assert "fidelity_classifier" in report["metrics"]
     assert "accuracy" not in report["metrics"]
-    assert linearscope._sized(Config(encoder="resnet10t"), network).size == 176
-    assert linearscope._sized(Config(), None).size == 8
 
 
 def test_says_what_is_wrong(tmp_path: Path) -> None:
-    with Run.quick(tmp_path, name="linearscope") as run:
-        with pytest.raises(UserError, match="--size must be even"):
-            linearscope.run(Config(size=7), run)
-        with pytest.raises(UserError, match="refuse or freeze"):
-            linearscope.run(Config(gates="melt"), run)
-        for wrong in ({"width": 0}, {"triplets": 0}, {"looked_at": -1}, {"size": -2}, {"checkpoint": "x.pth"}):
-            with pytest.raises(UserError, match=r"must be [01] or more|give --encoder"):
-                linearscope.run(Config(**wrong), run)  # type: ignore[arg-type]
-        with pytest.raises(UserError, match="there is no checkpoint"):
-            linearscope.run(Config(encoder="resnet10t", checkpoint="none.pth"), run)
+    with pytest.raises(UserError, match="--size must be even"):
+        linearscope.check(Config(size=7))
+    linearscope.check(Config(size=7, encoder="resnet10t"))
+    with pytest.raises(UserError, match="give --encoder"):
+        linearscope.check(Config(checkpoint="x.pth"))
+    wrong: dict[str, Any] = {"gates": "melt", "width": 0, "triplets": 0, "looked_at": -1, "size": -2}
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is (one of refuse, freeze|at least [01])"):
+            check_fields(Config(**{name: value}))
+    with Run.quick(tmp_path, name="linearscope") as run, pytest.raises(UserError, match="there is no checkpoint"):
+        linearscope.run(Config(encoder="resnet10t", checkpoint="none.pth"), run)

@@ -41,6 +41,7 @@ _PARTS = {
     "isthmus.encoders.images.patch_net": ("PatchNet",),
     "isthmus.encoders.images.pixels": ("Pixels",),
     "isthmus.encoders.images.qlae": ("DenseEncoder", "QLAEEncoder"),
+    "isthmus.encoders.images.small_cnns": ("PooledCNN", "SmoothAutoencoder", "UpscalingCNN"),
     "isthmus.encoders.images.token_mixers": ("MetaMixerMixers",),
     "isthmus.encoders.images.transnext": ("TransNeXt",),
     "isthmus.encoders.images.unireplknet": ("UniRepLKNet",),

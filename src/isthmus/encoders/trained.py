@@ -125,3 +125,18 @@ def _classes(
         state = rename(state)
     weight = state.get(f"{name}.weight")
     return None if weight is None else len(weight)
+
+
+def pretrained(name: str, **timm_kwargs: Any) -> nn.Module:
+    """``create_timm(name)`` with timm's own weights, in evaluation mode.
+
+    Raises:
+        UserError: there is no such model, or its weights cannot be had here.
+    """
+    try:
+        return create_timm(name, pretrained=True, **timm_kwargs).eval()
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"timm's weights of {name} cannot be had here ({reason}); give --checkpoint FILE.") from error

@@ -13,36 +13,40 @@ instead, on any ``--data``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from isthmus.codec import Loss, UserError, load_weights, write_atomically
+from isthmus.bounds import Count, Natural, one_of
+from isthmus.codec import UserError
 from isthmus.data import Dataset, evaluation_batches, load
-from isthmus.data.dataset import Unreadable
-from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
-from isthmus.data.transforms import CenterCrop, Compose, Resize
-from isthmus.encoders.trained import trained
-from isthmus.engine import Run, Training, read_config
+from isthmus.data.inputs import Inputs
+from isthmus.encoders.images.small_cnns import PooledCNN, SmoothAutoencoder, UpscalingCNN
+from isthmus.encoders.trained import num_outputs, pretrained, trained
+from isthmus.engine import Run, Training
+from isthmus.engine.evaluate import FEW
 from isthmus.engine.fit import fit
 from isthmus.lenses.linear_scope import LinearScope
-from isthmus.recipes import _image_classification as shared
+from isthmus.objectives.restoration import Restoration
 from isthmus.report import figures
+from isthmus.saved import Saved
+from isthmus.tasks import classification
+from isthmus.tasks.applying import Answer, Item
+from isthmus.tasks.classification import ClassificationConfig, ClassificationTask
 
-needs = ("image", "label")
+needs = classification.NEEDS
+
+#: Pixels a side of what the small networks see, where nothing else is said.
+_SIDE = 8
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassificationConfig):
     """Settings of a run; the defaults take about a minute on two cores."""
 
     data: str = "digits"
@@ -51,235 +55,147 @@ class Config:
     """A timm classifier to look into; small networks that are trained here without it."""
     checkpoint: str = ""
     """Its weights; timm's own pre-trained ones are loaded without it."""
-    size: int = 0
+    size: Natural = 0
     """Pixels a side of what the networks see; 0 is 8 for the small networks, and what a timm model is made for."""
-    width: int = 16
+    width: Count = 16
     """Channels of the first convolution of the classifiers; twice as many in the others."""
-    looked_at: int = 0
+    looked_at: Natural = 0
     """Held-out images on which accuracy from F x alone is measured; 0 is all."""
-    triplets: int = 8
+    triplets: Count = 8
     """Leading singular triplets."""
-    gates: str = "refuse"
+    gates: Annotated[str, one_of(("refuse", "freeze"))] = "refuse"
     """Of a timm model: refuse products of two things that depend on the image, or freeze one of them."""
     training: Training = Training(epochs=12, batch_size=32, optimizer="adam", lr=2e-3)
     """Training of the classifiers and of the autoencoder."""
     super_resolution: Training = Training(epochs=25, batch_size=32, optimizer="adam", lr=2e-3)
     """Training of super-resolution."""
+    train_split: str = "train+val"
+    """Part of the data to train on."""
 
     @classmethod
     def paper(cls) -> Config:
         """VGG-19 with timm's weights on ImageNet pictures; the paper analyses pre-trained networks and trains none."""
-        return cls(data="hub:ILSVRC/imagenet-1k", encoder="vgg19", size=224, looked_at=100, triplets=16)
+        return cls(
+            data="hub:ILSVRC/imagenet-1k",
+            encoder="vgg19",
+            size=224,
+            looked_at=100,
+            triplets=16,
+            eval_split="val",  # the labels of ImageNet's test pictures are not public
+        )
 
 
-class Classifier(nn.Module):
-    """Three 3×3 convolutions with ReLU, max pooling after the second, the mean over places, a linear layer."""
-
-    def __init__(self, classes: int, width: int, bias: bool = True) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=bias)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=bias)
-        self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=bias)
-        self.fc = nn.Linear(2 * width, classes, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` → ``(B, classes)``."""
-        x = F.max_pool2d(self.conv2(self.conv1(x).relu()).relu(), 2)
-        return self.fc(self.conv3(x).relu().mean((2, 3)))
-
-
-class SuperResolution(nn.Module):
-    """Three convolutions and a pixel shuffle, LeakyReLU and SiLU, with a skip: twice as many pixels a side."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 2 * width, 3, padding=1)
-        self.conv2 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.conv3 = nn.Conv2d(2 * width, 12, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` → ``(B, 3, 2 H, 2 W)``."""
-        first = F.leaky_relu(self.conv1(x), 0.1)
-        return F.pixel_shuffle(self.conv3(first + F.silu(self.conv2(first))), 2)
-
-
-class Autoencoder(nn.Module):
-    """Instance norm, a strided convolution with sigmoid, a transposed one with tanh."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
-        self.norm = nn.InstanceNorm2d(width, affine=True)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, 2, 1)
-        self.up = nn.ConvTranspose2d(2 * width, 3, 4, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` → the same, even H and W."""
-        return torch.tanh(self.up(torch.sigmoid(self.conv2(self.norm(self.conv1(x)).relu()))))
-
-
-class Restoration(nn.Module):
-    """Mean squared error between what a network makes of ``degrade(image)`` and the image."""
-
-    def __init__(self, network: nn.Module, degrade: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.network, self.degrade = network, degrade
-
-    def forward(self, batch: Mapping[str, Any], generator: torch.Generator, turn: str | None = None) -> Loss:
-        """A batch with ``image`` to the loss."""
-        made = self.network(self.degrade(batch["image"]))
-        return Loss(F.mse_loss(made, batch["image"]), {}, {"image": made})
+def check(config: Config) -> None:
+    """Refuse weights of no network, and sizes that the small networks cannot halve."""
+    if config.checkpoint and not config.encoder:
+        raise UserError("a checkpoint needs the name of its network: give --encoder too.")
+    if config.size % 2 and not config.encoder:
+        raise UserError(f"--size must be even, because maps are halved; got {config.size}.")
 
 
 def run(config: Config, run: Run) -> None:
     """Train the small networks or take a timm model, and look into them."""
-    _check(config)
-    held_out = load(config.data, "test", needs, run.seed)
-    classes = shared.class_names(held_out)
     if config.encoder:
-        network = _timm(config)
-        config, outputs = _sized(config, network), _outputs(config, network)
-        if outputs != len(classes):
-            run.note(f"{config.encoder} has {outputs} outputs, {config.data} {len(classes)} classes: no accuracies.")
-            classes = [str(number) for number in range(outputs)]
-        _look(run, config, network.to(run.fabric.device), held_out, "classifier", classes)
-        shared.keep(run, network, classes, f"{config.encoder}; `isthmus apply` explains its answers on pictures")
+        _look_into_trained(config, run)
         return
-    config = _sized(config, None)
-    if config.size % 2:
-        raise UserError(f"--size must be even, because maps are halved; got {config.size}.")
-    train_set = load(config.data, "train+val", needs, run.seed)
-    run.log(f"{config.data}: {len(train_set)} images to train on, {len(held_out)} held out.")
+    side = config.size or _SIDE
+    inputs = Inputs(size=(side, side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    task = classification.open(replace(config, size=side), run, inputs)
     networks: dict[str, nn.Module] = {}
     for name, bias in (("classifier", True), ("bias_free", False)):
         run.seed_everything(name)
-        network = Classifier(len(classes), config.width, bias)
-        shared.train(run, name, network, train_set, config.training, _raw(config))
-        networks[name] = network
+        networks[name] = task.train(name, PooledCNN(task.num_classes, config.width, bias)).model
     for name, degrade, training in (
-        ("super_resolution", lambda x: F.avg_pool2d(x, 2), config.super_resolution),
+        ("super_resolution", _halved, config.super_resolution),
         ("autoencoder", lambda x: x, config.training),
     ):
         run.seed_everything(name)
-        network = SuperResolution(config.width) if name == "super_resolution" else Autoencoder(config.width)
-        fit(run, name, Restoration(network, degrade), train_set, training, _raw(config))
-        networks[name] = network
+        restoration = Restoration(_untrained(name, config), degrade)
+        result = fit(run, name, restoration, task.source, training, task.augmented)
+        averaged: Any = result.objective if result.ema is None else result.ema
+        networks[name] = averaged.network
     for network in networks.values():
         network.to(run.fabric.device).eval()
-    share = _look(run, config, networks["classifier"], held_out, "classifier", classes)
-    free = _accuracies(run, config, networks["bias_free"], held_out)
+    scopes = _classifier(config, task, networks["classifier"])
+    free = _accuracies(config, task, networks["bias_free"])
     run.metric("accuracy_bias_free", free["whole"])
     run.metric("accuracy_bias_free_without_r", free["without_r"])
-    run.metric("lost_without_biases", share["accuracy"] - free["whole"])
-    _exactness(run, config, networks, held_out)
-    _restoration(run, config, networks, held_out, share["residual"])
-    shared.keep(
-        run, networks["classifier"], classes, "the classifier; `isthmus apply` explains its answers on pictures"
+    run.metric("lost_without_biases", scopes["whole"] - free["whole"])
+    _exactness(config, task, networks)
+    _restoration(task, networks, scopes["residual"])
+    task.keep(
+        networks["classifier"], "the classifier; `isthmus apply` explains its answers on pictures", gates="refuse"
     )
 
 
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Explain the answers on pictures: ``scopes.json`` and ``NAME-scope.png``.
+def answer(kept: Saved, item: Item) -> Answer:
+    """The class of a picture, and why: how much of its logit F x and r make up, and each layer's part of r.
 
-    For every picture: the class, its logit, how much of it F x and r make up, the layers' parts of r, and the check
-    that F x + r is the output. The drawing shows what each pixel adds to the logit and the leading singular vectors.
-
-    Args:
-        run_dir: a finished run.
-        inputs: image files.
-        out: the folder to write to.
-
-    Raises:
-        UserError: the run is incomplete, or no input is an image.
+    The drawing shows what each pixel adds to the logit and the leading singular vectors.
     """
-    saved = read_config(run_dir)["config"]
-    fresh = Config()
-    config = Config(**{**saved, "training": fresh.training, "super_resolution": fresh.super_resolution})
-    path = run_dir / shared.NETWORK
-    if not path.is_file():
-        raise UserError(f"{run_dir} has no {shared.NETWORK}; run the recipe to its end first.")
-    with safe_open(path, "pt") as file:
-        classes = json.loads((file.metadata() or {}).get("classes", "[]"))
-    if config.encoder:
-        network = trained(config.encoder, str(path))
-    else:
-        network = Classifier(len(classes), config.width)
-        load_weights(network, path)
-    network.eval()
-    config = _sized(config, network if config.encoder else None)
-    found: dict[str, Any] = {}
-    drawn: list[tuple[Path, Figure]] = []
-    for source in inputs:
-        try:
-            image = decode_image(source)
-        except Unreadable as error:
-            found[str(source)] = {"skipped": str(error)}
-            continue
-        x = _prepared(config, network)({"image": image[None].float() / 255}, torch.Generator())["image"]
-        scope = LinearScope(network, x, gates=cast(Any, config.gates))
-        best = int(scope.y.argmax())
-        target = out / f"{source.stem}-scope.png"
-        if any(target == other for other, _ in drawn):
-            target = out / f"{source.stem}-{len(drawn)}-scope.png"
-        layers = {name: round(float(value), 6) for name, value in scope.residual_by_layer(best).items()}
-        found[str(source)] = {
-            "class": classes[best],
-            "logit": float(scope.y.flatten()[best]),
-            "from_pixels": float(scope.contribution(best).sum()),
-            "from_constants": float(scope.residual.flatten()[best]),
-            "constants_by_layer": layers,
-            "relative_error": scope.fidelity.relative,
-            "picture": target.name,
-        }
-        drawn.append((target, scope.figure(best)))
-    if not drawn:
-        told = "; ".join(f"{name}: {entry['skipped']}" for name, entry in found.items())
-        raise UserError(f"none of the inputs is an image ({told}); known are {', '.join(IMAGE_SUFFIXES)}.")
-    out.mkdir(parents=True, exist_ok=True)
-    for target, figure in drawn:
-        figure.savefig(target)
-    write_atomically(out / "scopes.json", (json.dumps(found, indent=1) + "\n").encode())
-    return [out / "scopes.json", *(target for target, _ in drawn)]
+    scope = LinearScope(kept.model, item.input, gates=kept.facts["gates"])
+    best = int(scope.y.argmax())
+    facts = {
+        "class": (kept.labels or [])[best],
+        "logit": float(scope.y.flatten()[best]),
+        "from_pixels": float(scope.contribution(best).sum()),
+        "from_constants": float(scope.residual.flatten()[best]),
+        "constants_by_layer": {name: round(float(r), 6) for name, r in scope.residual_by_layer(best).items()},
+        "relative_error": scope.fidelity.relative,
+    }
+    return Answer(facts, scope.figure(best))
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def _look(
-    run: Run, config: Config, network: nn.Module, held_out: Dataset, name: str, classes: list[str]
+def _look_into_trained(config: Config, run: Run) -> None:
+    """A network of timm, with a person's weights or its own."""
+    name = config.encoder
+    network = trained(name, config.checkpoint, log=run.log) if config.checkpoint else pretrained(name)
+    inputs = Inputs.of(network, (config.size, config.size) if config.size else None)
+    held_out = load(config.data, config.eval_split, needs, run.seed).first(config.test_images)
+    task = ClassificationTask(config, run, held_out, held_out, inputs)
+    assert inputs.size is not None
+    outputs = num_outputs(network, name, inputs.size[-1])
+    labelled = outputs == task.num_classes
+    if not labelled:
+        run.note(f"{name} has {outputs} outputs, {config.data} {task.num_classes} classes: no accuracies.")
+        task.classes = [str(number) for number in range(outputs)]
+    _classifier(config, task, network.to(run.fabric.device).eval(), labelled)
+    task.keep(network, f"{name}; `isthmus apply` explains its answers on pictures", gates=config.gates)
+
+
+def _classifier(
+    config: Config, task: ClassificationTask, network: nn.Module, labelled: bool = True
 ) -> dict[str, float]:
     """A classifier's accuracy from all, from F x and from r; drawings of what pixels add."""
-    network.eval()
-    found = _accuracies(run, config, network, held_out)
-    if classes == shared.class_names(held_out):
+    run, classes = task.run, task.classes
+    found = _accuracies(config, task, network)
+    if labelled:
         run.metric("accuracy", found["whole"])
         run.metric("accuracy_without_r", found["without_r"])
         run.metric("accuracy_from_r_alone", found["from_r"])
         run.metric("drop_without_r", found["whole"] - found["without_r"])
     run.metric("residual_share_classifier", found["residual"])
     run.metric("fidelity_classifier", found["error"])
-    image = _images(run, config, held_out.select(np.arange(1)), network)[0][0]
-    scope = LinearScope(network, image[None], gates=cast(Any, config.gates))
+    scope = LinearScope(network, _images(task, 1)[0], gates=cast(Any, config.gates))
     best = int(scope.y.argmax())
-    told = classes[best] if best < len(classes) else str(best)
-    run.figure(name, scope.figure(best), f"One image, told {told}: its pixels' votes, singular vectors, layers in r.")
+    caption = f"One image, predicted {classes[best]}: its pixels' votes, singular vectors, layers in r."
+    run.figure("classifier", scope.figure(best), caption)
     if scope.y.numel() <= 16:
-        rows = scope.rows(range(scope.y.numel())) * scope.x
-        figure = Figure(figsize=(1.1 * len(rows), 1.6), layout="constrained")
-        bound = float(rows.sum(1).abs().max())
-        for axis, row, label in zip(figure.subplots(1, len(rows)), rows.sum(1).cpu(), classes, strict=True):
-            axis.imshow(row.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
-            axis.set_title(f"{label}: {float(row.sum()):.1f}", fontsize=8)
-            axis.axis("off")
-        run.figure("votes", figure, "What every pixel adds to every class; the sum is F x of that class.")
+        votes = (scope.rows(range(scope.y.numel())) * scope.x).sum(1)
+        named = {f"{label}: {float(each.sum()):.1f}": each for label, each in zip(classes, votes, strict=True)}
+        drawn = figures.maps(named, "adds to the logit", signed=True)
+        run.figure("votes", drawn, "What every pixel adds to every class; the sum is F x of that class.")
     parts = {name or "model": float(value) for name, value in scope.residual_by_layer(best).items()}
     run.figure("layers", figures.bars(dict(list(parts.items())[:24]), "adds to r of the answer"), "r by layer.")
-    return {"accuracy": found["whole"], "residual": found["residual"]}
+    return found
 
 
-def _accuracies(run: Run, config: Config, network: nn.Module, held_out: Dataset) -> dict[str, float]:
+def _accuracies(config: Config, task: ClassificationTask, network: nn.Module) -> dict[str, float]:
     """Accuracy of y, of F x and of r; mean of ‖r‖ over ‖y‖ around the mean over classes; the largest error."""
-    images, labels = _images(run, config, _first(held_out, config.looked_at), network)
+    images, labels = _images(task, config.looked_at)
     right = {"whole": 0, "without_r": 0, "from_r": 0}
     shares, error = [], 0.0
     for image, label in zip(images, labels.tolist(), strict=True):
@@ -297,20 +213,15 @@ def _accuracies(run: Run, config: Config, network: nn.Module, held_out: Dataset)
     }
 
 
-def _exactness(run: Run, config: Config, networks: Mapping[str, nn.Module], held_out: Dataset) -> None:
+def _exactness(config: Config, task: ClassificationTask, networks: Mapping[str, nn.Module]) -> None:
     """Output, rows and singular values against what forming F by brute force gives; the derivative for comparison."""
-    images, _ = _images(run, config, held_out.select(np.arange(4)))
+    run, images = task.run, _images(task, 4)[0]
     kinds: dict[str, tuple[nn.Module, Tensor]] = {}
     for name in ("classifier", "super_resolution", "autoencoder"):
-        x = F.avg_pool2d(images, 2) if name == "super_resolution" else images
+        x = _halved(images) if name == "super_resolution" else images
         kinds[name] = (networks[name], x)
         run.seed_everything("untrained", name)
-        fresh = {
-            "classifier": lambda: Classifier(10, config.width),
-            "super_resolution": lambda: SuperResolution(config.width),
-            "autoencoder": lambda: Autoencoder(config.width),
-        }[name]()
-        kinds[f"untrained {name}"] = (fresh.to(images.device).eval(), x)
+        kinds[f"untrained {name}"] = (_untrained(name, config).to(images.device).eval(), x)
     fidelity = rows_error = svd_error = 0.0
     ratios = []
     for name, (network, x) in kinds.items():
@@ -333,30 +244,25 @@ def _exactness(run: Run, config: Config, networks: Mapping[str, nn.Module], held
     run.metric("derivative_over_ratio", min(ratios))
 
 
-def _restoration(
-    run: Run, config: Config, networks: Mapping[str, nn.Module], held_out: Dataset, classifier_share: float
-) -> None:
+def _restoration(task: ClassificationTask, networks: Mapping[str, nn.Module], classifier_share: float) -> None:
     """How large r is beside y in super-resolution; its filters and singular vectors."""
-    network = networks["super_resolution"]
-    images, _ = _images(run, config, _first(held_out, 100))
+    run, network = task.run, networks["super_resolution"]
+    images, _ = _images(task, 100)
     shares, through = [], []
     for image in images:
-        scope = LinearScope(network, F.avg_pool2d(image[None], 2))
+        scope = LinearScope(network, _halved(image[None]))
         shares.append(float(scope.residual.norm() / scope.y.norm()))
         through.append(float((scope.y - scope.residual).norm() / scope.y.norm()))
     run.metric("residual_share_super_resolution", float(np.mean(shares)))
     run.metric("through_share_super_resolution", float(np.mean(through)))
     run.metric("share_below_classifier", classifier_share - float(np.mean(shares)))
-    scope = LinearScope(network, F.avg_pool2d(images[:1], 2))
+    scope = LinearScope(network, _halved(images[:1]))
     side, inside = scope.y.shape[-1], scope.x.shape[-1]
     middle = [(side // 2 + i) * side + side // 2 + j for i in (0, 1) for j in (0, 1)]
     rows = scope.rows(middle)[:, 0]
-    figure = Figure(figsize=(6, 1.8), layout="constrained")
-    bound = float(rows.abs().max())
-    for axis, row in zip(figure.subplots(1, 4), rows.cpu(), strict=True):
-        axis.imshow(row.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
-        axis.axis("off")
-    run.figure("filters", figure, f"Four neighbouring output pixels: how each is interpolated from {inside}² pixels.")
+    filters = {f"row {place // side}, column {place % side}": row for place, row in zip(middle, rows, strict=True)}
+    caption = f"Four neighbouring output pixels: how each is interpolated from {inside}² pixels."
+    run.figure("filters", figures.maps(filters, "weight", signed=True), caption)
     run.figure("super_resolution", scope.figure(middle[0]), "Super-resolution: one output pixel, singular vectors.")
     auto = LinearScope(networks["autoencoder"], images[:1])
     run.figure("autoencoder", auto.figure(auto.y.numel() // 2), "The autoencoder, frozen at one image.")
@@ -365,58 +271,23 @@ def _restoration(
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
-def _timm(config: Config) -> nn.Module:
-    if config.checkpoint:
-        return trained(config.encoder, config.checkpoint)
-    from isthmus.codec import create_timm
-
-    try:
-        return create_timm(config.encoder, pretrained=True).eval()
-    except Exception as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"timm's weights of {config.encoder} cannot be had here ({type(error).__name__}); give --checkpoint FILE."
-        ) from error
+def _untrained(name: str, config: Config) -> nn.Module:
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "classifier": lambda: PooledCNN(10, config.width),
+        "super_resolution": lambda: UpscalingCNN(config.width),
+        "autoencoder": lambda: SmoothAutoencoder(config.width),
+    }
+    return makers[name]()
 
 
-def _check(config: Config) -> None:
-    if config.gates not in ("refuse", "freeze"):
-        raise UserError(f"--gates is refuse or freeze, got {config.gates!r}.")
-    if config.checkpoint and not config.encoder:
-        raise UserError("a checkpoint needs the name of its network: give --encoder too.")
-    if config.size < 0 or config.looked_at < 0:
-        raise UserError("--size and --looked-at must be 0 or more.")
-    if config.width < 1 or config.triplets < 1:
-        raise UserError("--width and --triplets must be 1 or more.")
+def _halved(images: Tensor) -> Tensor:
+    return F.avg_pool2d(images, 2)
 
 
-def _sized(config: Config, network: nn.Module | None) -> Config:
-    """With the size that was left open."""
-    made_for: Any = getattr(network, "pretrained_cfg", None) or {"input_size": (3, 8, 8)}
-    return replace(config, size=config.size or int(made_for["input_size"][-1]))
-
-
-def _outputs(config: Config, network: nn.Module) -> int:
-    """How many numbers the network answers; fails where it cannot see pictures of that size."""
-    return shared.answers(network, config.encoder, _sized(config, network).size)
-
-
-def _raw(config: Config) -> Compose:
-    return Compose([Resize(config.size), CenterCrop(config.size)])
-
-
-def _prepared(config: Config, network: nn.Module | None) -> Compose:
-    """A timm model's pictures are normalised as it was trained on them, others are not."""
-    normalise = [shared.Normalize(*shared.pixels_of(network))] if config.encoder else []
-    return Compose([Resize(config.size), CenterCrop(config.size), *normalise])
-
-
-def _first(dataset: Dataset, count: int) -> Dataset:
-    return dataset.select(np.arange(min(count, len(dataset)))) if count else dataset
-
-
-def _images(run: Run, config: Config, dataset: Dataset, network: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-    batches = list(evaluation_batches(dataset, 256, transform=_prepared(config, network)))
+def _images(task: ClassificationTask, number: int) -> tuple[Tensor, Tensor]:
+    """The first held-out images and their labels; all of them for 0, a few in a try-out."""
+    few: Dataset = task.held_out.first(number)
+    few = few.first(FEW) if task.run.few else few
+    batches = list(evaluation_batches(few, 256, transform=task.measured))
     images = torch.cat([batch["image"] for batch in batches])
-    return run.fabric.to_device(images), torch.cat([batch["label"] for batch in batches])
+    return task.run.fabric.to_device(images), torch.cat([batch["label"] for batch in batches])
