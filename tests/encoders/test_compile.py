@@ -35,6 +35,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "unireplknet": lambda: UniRepLKNet([1, 1], DIMS[:2], [(13,), (3,)], num_classes=3),
     "transnext": lambda: _timm("transnext_micro", depths=(1, 1, 1, 1)),
     "convit": lambda: _timm("convit_tiny", img_size=64, depth=2, local_up_to_layer=1),
+    "convit of later sizes": lambda: _timm("convit_tiny_plus", img_size=64, depth=2, local_up_to_layer=1),
     "metamixer": lambda: _timm("metamixer_ffnet_1", depths=(1, 1, 1, 1)),
 }
 

@@ -106,7 +106,9 @@ def neck(case: Case) -> dict[str, Tensor]:
     config = case.config
     inside = dict(config["gn_conv_cfg"])
     kind = inside.pop("type", "gnconv")
-    side = inside.pop("h", 32), inside.pop("w", 17)
+    stored = [tensor.shape for name, tensor in case.params.items() if name.endswith("complex_weight")]
+    named = inside.pop("h", 32), inside.pop("w", 17)
+    side = (stored[0][1], stored[0][2]) if stored else named
     part = HorFPN(
         [FeatureInfo(channels, 4 * 2**i) for i, channels in enumerate(config["in_channels"])],
         config["out_channels"],

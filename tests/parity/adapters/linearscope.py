@@ -11,12 +11,12 @@ from tests.parity.case import Case, UnknownCase
 
 
 class _SuperResolution(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv3 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv4 = nn.Conv2d(channels, 4, 3, padding=1)
+        self.conv4 = nn.Conv2d(channels, 4 * inputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         kept = self.conv1(x).relu_()
@@ -52,7 +52,7 @@ class _ImageToImage(nn.Module):
 def outputs(case: Case) -> dict[str, Tensor]:
     config = case.config
     networks = {
-        "sr": lambda: _SuperResolution(config["channels"]),
+        "sr": lambda: _SuperResolution(config["in_ch"], config["channels"]),
         "cls": lambda: _Classifier(config["in_ch"], config["channels"], config["extra"]),
         "i2i": lambda: _ImageToImage(config["in_ch"], config["channels"]),
     }

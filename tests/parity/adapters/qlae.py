@@ -63,10 +63,12 @@ def parts(case: Case, decoder: str) -> tuple[QLAEEncoder, LatentQuantization, St
     reader = {n: x for n, x in below(case.params, "encoder.").items() if not n.startswith("critic.")}
     encoder.load_state_dict(encoder_from_official(reader))
     weights = c["lambdas"]
+    tables = below(case.params, "latent.")
+    values = [len(tables[f"_values_per_latent.{i}"]) for i in range(c["L"])]
     bottleneck = LatentQuantization(
-        c["L"], c["V"], quantization=weights["quantization"], commitment=weights["commitment"]
+        c["L"], values, quantization=weights["quantization"], commitment=weights["commitment"]
     )
-    bottleneck.load_state_dict(tables_from_official(below(case.params, "latent.")))
+    bottleneck.load_state_dict(tables_from_official(tables))
     style = StyleDecoder(
         c["L"],
         c["image_size"],
@@ -92,7 +94,8 @@ def autoencoder(case: Case) -> dict[str, Tensor]:
     logits = decoder([quantised])
     pulls = bottleneck.pulls(z, quantised)
     groups(case, objective)
-    tables: Any = bottleneck.tables.grad
+    tables: Any = bottleneck.tables.grad  # shorter tables are filled up
+    names = [f"latent._values_per_latent.{i}" for i in range(case.config["L"])]
     return {
         "features": features,
         "pre_z": z,
@@ -106,7 +109,7 @@ def autoencoder(case: Case) -> dict[str, Tensor]:
         "grad_decoder.input_map": decoder.input_map.grad,
         "grad_encoder.conv.layers.0.layers.0.weight": encoder.conv[0][0].weight.grad,  # type: ignore[index]
         "grad_encoder.head.weight": encoder.head.weight.grad,
-        **{f"grad_latent._values_per_latent.{i}": row for i, row in enumerate(tables)},
+        **{f"grad_{name}": row[: len(case.params[name])] for name, row in zip(names, tables, strict=True)},
     }  # type: ignore[return-value]
 
 

@@ -375,7 +375,7 @@ class ConViT(convit.ConVit):
     def enter(self, index: int, x: Tensor) -> Tensor:
         """The input of block ``index``: with the class token in front where it is this block's turn."""
         if index == self.local_up_to_layer and self.cls_token is not None:
-            return torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1)
+            return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         return x
 
     def _block(self, index: int, x: Tensor, grid: Grid) -> Tensor:
