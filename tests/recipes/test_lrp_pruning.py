@@ -11,17 +11,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import isthmus
 from isthmus.codec import UserError, create_timm
-from isthmus.compression.relevance_pruning import load_pruned
 from isthmus.data import load
 from isthmus.engine import Run, Training
 from isthmus.recipes import lrp_pruning
 from isthmus.recipes.lrp_pruning import Config
+from isthmus.tasks import applying
 
 SHORT = Training(steps=4, batch_size=32, optimizer="sgd", lr=0.05)
 
 
 def finished(folder: Path, config: Config, **options: Any) -> tuple[Path, dict[str, float], dict[str, Any]]:
+    lrp_pruning.check(config)
     with Run.quick(folder, name="lrp-pruning", config=config, **options) as run:
         lrp_pruning.run(config, run)
     report = json.loads((run.dir / "report.json").read_text())
@@ -53,24 +55,15 @@ def test_the_kept_network_is_smaller_and_explains_pictures(
     plane: tuple[Path, dict[str, float], dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, metrics, _ = plane
-    network = load_pruned(folder / "pruned.safetensors")
+    network = isthmus.load(folder).model
     assert sum(p.numel() for p in network.parameters()) == metrics["parameters_after"] < metrics["parameters_before"]
     assert metrics["macs_after"] < metrics["macs_before"]
-    (tmp_path / "in").mkdir()
     digit = load("digits", "test")[3]["image"].permute(1, 2, 0).numpy()
-    Image.fromarray(digit).save(tmp_path / "in" / "three.png")
-    (tmp_path / "in" / "no.png").write_text("no picture")
-    files = sorted((tmp_path / "in").iterdir())
-    written = lrp_pruning.apply(folder, files, tmp_path / "out")
-    assert [path.name for path in written] == ["classes.json", "three-relevance.png"]
+    Image.fromarray(digit).save(tmp_path / "three.png")
+    written = applying.apply(folder, [tmp_path / "three.png"], tmp_path / "out", lrp_pruning.answer)
+    assert [path.name for path in written] == ["answers.json", "three-answer.png"]
     found = json.loads(written[0].read_text())
-    assert found[str(files[1])]["class"] in {str(n) for n in range(10)}
-    assert "skipped" in found[str(files[0])]
-    with pytest.raises(UserError, match="none of the inputs"):
-        lrp_pruning.apply(folder, files[:1], tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-    with pytest.raises(UserError, match="run the recipe to its end"):
-        lrp_pruning.apply(tmp_path, files, tmp_path / "none")
+    assert found[str(tmp_path / "three.png")]["class"] in {str(n) for n in range(10)}
 
 
 def test_a_persons_own_network_is_pruned_and_fine_tuned(tmp_path: Path) -> None:
@@ -107,7 +100,7 @@ def test_the_papers_networks_have_its_stem_and_its_number_of_filters() -> None:
     assert Config.paper().model == "timm:resnet50_cifar"
 
 
-def test_wrong_settings_are_told(tmp_path: Path) -> None:
+def test_wrong_settings_are_refused(tmp_path: Path) -> None:
     wrong: dict[str, dict[str, Any]] = {
         "needs the name of its network": {"checkpoint": "x.safetensors"},
         "takes timm:NAME": {"model": "hub:thing", "data": "digits"},
@@ -138,5 +131,5 @@ def test_wrong_settings_are_told(tmp_path: Path) -> None:
         "model": "timm:cifar_resnet20",
         "checkpoint": str(tmp_path / "three.safetensors"),
     }
-    with pytest.raises(UserError, match="tells 3 classes apart"):
+    with pytest.raises(UserError, match="is for 3 classes, digits has 10"):
         finished(tmp_path / "three", Config(**settings))

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from isthmus.codec import UserError, load_weights
+from isthmus.codec import UserError, load_weights, part
 
 #: Whole numbers that layers keep beside the shapes of their tensors.
 _NUMBERS = (
@@ -63,10 +63,26 @@ def load_reshaped(model: nn.Module, path: str | os.PathLike[str], shapes: Mappin
     Raises:
         UserError: the model has other modules, or the file does not fit.
     """
+    reshape(model, shapes, str(path))
+    load_weights(model, path)
+    return model
+
+
+def reshape(model: nn.Module, shapes: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """Give ``model`` the shapes of :func:`shapes_of`; tensors that get another shape are zero.
+
+    Args:
+        model: changed in place.
+        shapes: see above.
+        source: where they come from, for messages.
+
+    Raises:
+        UserError: the model has other modules.
+    """
     modules = dict(model.named_modules())
     for name, wanted in shapes.items():
         if name not in modules:
-            raise UserError(f"{path} names a layer {name!r}, which {type(model).__name__} does not have.")
+            raise UserError(f"{source} names a layer {name!r}, which {type(model).__name__} does not have.")
         module = modules[name]
         for key, value in wanted["numbers"].items():
             if key in _NUMBERS and key in vars(module):
@@ -74,9 +90,29 @@ def load_reshaped(model: nn.Module, path: str | os.PathLike[str], shapes: Mappin
         for key, shape in wanted["tensors"].items():
             old = getattr(module, key, None)
             if not isinstance(old, torch.Tensor):
-                raise UserError(f"{path} names a tensor {name}.{key}, which {type(model).__name__} does not have.")
-            if list(old.shape) != shape:
+                raise UserError(f"{source} names a tensor {name}.{key}, which {type(model).__name__} does not have.")
+            if list(old.shape) != list(shape):
                 empty = old.new_zeros(shape)
                 setattr(module, key, nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty)
-    load_weights(model, path)
-    return model
+
+
+@part
+class Reshaped(nn.Module):
+    """A network some of whose layers are narrower than its constructor makes them, so that a file can describe it.
+
+    Args:
+        network: as its constructor makes it, or already cut; it becomes ``.network``.
+        shapes: of :func:`shapes_of` the network that was cut.
+
+    Raises:
+        UserError: the network has other modules.
+    """
+
+    def __init__(self, network: nn.Module, shapes: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        reshape(network, shapes, "the description")
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the network gives."""
+        return self.network(x)

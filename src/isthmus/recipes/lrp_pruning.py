@@ -20,10 +20,9 @@ has; ``--finetune`` trains it a little after every step. The run keeps ``pruned.
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,27 +30,32 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from isthmus.codec import UserError, create_timm, write_atomically
+from isthmus.codec import UserError, create_timm
 from isthmus.compression import Compressed
 from isthmus.compression.filter_scores import Criterion, layers_of
-from isthmus.compression.relevance_pruning import load_pruned, prune, save_pruned
-from isthmus.compression.reshaping import read_metadata
-from isthmus.data import Dataset, load
-from isthmus.data.dataset import Unreadable
+from isthmus.compression.relevance_pruning import prune
+from isthmus.compression.reshaping import Reshaped, shapes_of
+from isthmus.data import Dataset, class_names, load
 from isthmus.data.hashing import permutation
-from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
-from isthmus.encoders.trained import trained
+from isthmus.data.inputs import Inputs
+from isthmus.data.subsets import subset
+from isthmus.encoders.trained import num_outputs, trained
 from isthmus.engine import Run, Training
 from isthmus.lenses.relevance import COMPOSITES, relevance
-from isthmus.recipes import _image_classification as shared
-from isthmus.recipes import _lrp_pruning_toy as toy
+from isthmus.report import figures
+from isthmus.saved import Saved
+from isthmus.tasks import classification, plane_pruning
+from isthmus.tasks.applying import Answer, Item
+from isthmus.tasks.classification import Augmentation, ClassificationConfig, ClassificationTask
 
 needs = ("image?", "signal?", "label")
-PRUNED = "pruned.safetensors"
+
+#: How pictures of 32 pixels are changed in training where nothing else is asked for.
+CIFAR = Augmentation(padding=4, flip=True)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassificationConfig):
     """Settings of a run; the defaults take about a minute and a half on one core."""
 
     data: str = "planar"
@@ -85,10 +89,6 @@ class Config:
     """Train after every step."""
     size: int = 0
     """Side of what the network sees; 0 is what it is made for, or the data's own where it is trained here."""
-    train_split: str = "train"
-    """Part of the data to train on and to take references from."""
-    eval_split: str = "test"
-    """Part of the data to measure on."""
     test_images: int = 500
     """Images to measure on; 0 is all."""
     training: Training = Training(epochs=8, batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4)
@@ -129,279 +129,14 @@ class Config:
             finetune=True,
             size=32,
             test_images=0,
+            augmentation=CIFAR,
             training=sgd,
             finetuning=replace(sgd, epochs=10, lr=0.01, schedule="cosine", milestones=()),
         )
 
 
-def run(config: Config, run: Run) -> None:
-    """The plane, where it was asked for, and then a network for pictures."""
-    _check(config)
-    if config.data == "planar":
-        _plane(config, run)
-        config = replace(config, data="digits")
-    _pictures(config, run)
-
-
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Classify pictures with the pruned network, and show which of their places spoke for the answer.
-
-    Args:
-        run_dir: a finished run.
-        inputs: image files.
-        out: gets ``classes.json`` and ``NAME-relevance.png``, the picture beside its relevance.
-
-    Raises:
-        UserError: the run is incomplete, or no input is an image.
-    """
-    path = run_dir / PRUNED
-    if not path.is_file():
-        raise UserError(f"{run_dir} has no {PRUNED}; run the recipe to its end first.")
-    about = {key: json.loads(read_metadata(path)[key]) for key in ("classes", "size", "mean", "std", "composite")}
-    network, classes = load_pruned(path), about["classes"]
-    _, transform = shared.transforms(about["size"], len(classes), None, about["mean"], about["std"])
-    found: dict[str, Any] = {}
-    drawn: list[tuple[Path, Figure]] = []
-    for source in inputs:
-        try:
-            image = decode_image(source)
-        except Unreadable as error:
-            found[str(source)] = {"skipped": str(error)}
-            continue
-        batch = transform({"image": image[None].float() / 255, "index": torch.tensor([0])}, torch.Generator())
-        told = relevance(network, batch["image"], composite=about["composite"], strict=False)
-        probability = told.logits[0].softmax(0)
-        best = int(probability.argmax())
-        target = out / f"{source.stem}-relevance.png"
-        if any(target == other for other, _ in drawn):  # another folder's picture of the same name
-            target = out / f"{source.stem}-{len(drawn)}-relevance.png"
-        figure = told.figure()
-        figure.suptitle(f"{classes[best]} ({float(probability[best]):.0%})", fontsize=11)
-        drawn.append((target, figure))
-        most = probability.topk(min(5, len(classes)))
-        likely = {classes[int(i)]: round(float(p), 4) for p, i in zip(*most, strict=True)}
-        found[str(source)] = {"class": classes[best], "probability": likely, "picture": target.name}
-    if not drawn:
-        reasons = "; ".join(f"{name}: {entry['skipped']}" for name, entry in found.items())
-        raise UserError(f"none of the inputs is an image ({reasons}); known are {', '.join(IMAGE_SUFFIXES)}.")
-    out.mkdir(parents=True, exist_ok=True)
-    for target, figure in drawn:
-        figure.savefig(target)
-    write_atomically(out / "classes.json", (json.dumps(found, indent=1) + "\n").encode())
-    return [out / "classes.json", *(target for target, _ in drawn)]
-
-
-# ----------------------------------------------------------------------------------------------------------- the plane
-
-
-def _plane(config: Config, run: Run) -> None:
-    table, figure = toy.measure(
-        run,
-        config.plane,
-        config.width,
-        config.last_activation,
-        config.plane_composite,
-        1 / 3,
-        config.shots,
-        config.draws,
-    )
-    for kind, value in table.full.items():
-        run.metric(f"plane_accuracy_{kind}_full", value)
-    for few in config.shots:
-        for criterion in toy.CRITERIA:
-            for kind in toy.SETS:
-                run.metric(f"plane_accuracy_{kind}_{criterion}_{few}", table.mean(few, criterion, sets=[kind]))
-            run.metric(f"plane_accuracy_{criterion}_{few}", table.mean(few, criterion))
-            run.metric(f"plane_equal_accuracy_{criterion}_{few}", table.mean(few, criterion, equal=True))
-        ours = table.mean(few, "relevance")
-        run.metric(f"plane_gain_over_taylor_{few}", ours - max(table.mean(few, name) for name in toy.TAYLORS))
-        run.metric(f"plane_gain_over_gradient_{few}", ours - table.mean(few, "gradient"))
-        run.metric(f"plane_gain_over_random_{few}", ours - table.mean(few, "random"))
-    run.metric("plane_cut_difference", table.lost)
-    lines = {c.replace("_", " "): [(few, table.mean(few, c)) for few in sorted(config.shots)] for c in toy.CRITERIA}
-    drawn = shared.curves(lines, "references a class", "accuracy, mean of three sets", log=True)
-    run.figure("plane", drawn, "A third of the units cut in one shot, ranked over all layers.")
-    run.figure("decisions", figure, "What networks say in the plane, whole and with a third of their units cut.")
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def _pictures(config: Config, run: Run) -> None:
-    """Train or load, prune by every criterion in steps, measure each network on the way, keep one."""
-    train = load(config.data, config.train_split, ("image", "label"), run.seed)
-    test = load(config.data, config.eval_split, ("image", "label"), run.seed)
-    test = shared.subset(test, config.test_images, 0) if 0 < config.test_images < len(test) else test
-    classes = shared.class_names(train, test)
-    network, size, mean, std = _network(config, run, train, classes)
-    _, plain = shared.transforms(size, len(classes), None, mean, std)
-    network.to(run.fabric.device).eval()
-    whole = _right(run, network, classes, test, plain)
-    run.metric("accuracy_whole", whole)
-    run.log(f"{config.data}: accuracy {whole:.3f} with all filters.")
-
-    samples = _references(run, config, train, classes, plain)
-    example = samples[0][0][:1]
-    steps = run.cap(math.ceil((1 - config.keep) / config.step - 1e-9))
-    keeps = [max(config.keep, round(1 - config.step * (i + 1), 6)) for i in range(steps)]
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for name in dict.fromkeys((config.criterion, *config.others)):
-        lines[name] = [(1.0, whole)]
-        criterion = Criterion(name, composite=config.composite)  # type: ignore[arg-type]
-        way = prune(
-            network,
-            example,
-            samples,
-            keeps,
-            criterion,
-            config.step,
-            config.floor,
-            config.equal,
-            layers=_layers(config, network),
-            finetune=_finetuner(config, run, name, train, size, mean, std),
-            generator=run.generator("random scores"),
-        )
-        small = None
-        for small in way:
-            accuracy = _right(run, small.model, classes, test, plain)
-            share = small.report["filters"]["after"] / small.report["filters"]["before"]
-            lines[name].append((share, accuracy))
-        run.metric(f"accuracy_{name}", lines[name][-1][1])
-        run.log(f"{name}: accuracy {lines[name][-1][1]:.3f} with {lines[name][-1][0]:.0%} of the filters.")
-        if name == config.criterion and small is not None:
-            _keep(run, config, small, classes, size, mean, std)
-            _show(run, config, network, small, samples)
-    rest = [points[-1][1] for name, points in lines.items() if name != config.criterion]
-    if rest:
-        run.metric("gain_over_best_other", lines[config.criterion][-1][1] - max(rest))
-    caption = (
-        "Held-out accuracy while filters go, " + ("fine-tuned" if config.finetune else "without fine-tuning") + "."
-    )
-    run.figure("pruning", shared.curves(lines, "share of filters left", "accuracy"), caption)
-
-
-def _network(
-    config: Config, run: Run, train: Dataset, classes: list[str]
-) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
-    """The network, the side of its input, and how its pixels are normalised."""
-    name = config.model.removeprefix("timm:") or "cifar_resnet20"
-    own = train.image_size or tuple(train[0]["image"].shape[-2:])
-    if config.checkpoint:
-        network: Any = trained(name, config.checkpoint, log=run.log)
-    else:
-        run.seed_everything("network")
-        try:
-            network = create_timm(name, pretrained=config.pretrained, num_classes=len(classes))
-        except UserError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"weights of {name} cannot be had ({reason}); give --checkpoint FILE.") from error
-    made_for: Any = getattr(network, "pretrained_cfg", None) or {}
-    mean, std = tuple(made_for.get("mean", shared.IMAGENET[0])), tuple(made_for.get("std", shared.IMAGENET[1]))
-    wanted = int(made_for.get("input_size", (3, min(own), min(own)))[-1])
-    size = config.size or (wanted if config.checkpoint or config.pretrained else min(own))
-    answers = shared.answers(network, name, size)
-    if config.checkpoint and answers != len(classes):
-        raise UserError(f"{config.checkpoint} tells {answers} classes apart, {config.data} has {len(classes)}.")
-    if not config.checkpoint:
-        changes = shared.Augmentation(padding=4, flip=True) if config.data != "digits" and size == 32 else None
-        transform, _ = shared.transforms(size, len(classes), changes, mean, std)
-        shared.train(run, "network", network, train, config.training, transform)
-    return network, size, mean, std
-
-
-def _layers(config: Config, network: nn.Module) -> list[str]:
-    """The layers that are pruned; the recorded figures of the built-in network leave its residual stream alone."""
-    if config.layers == "auto" and not config.model:
-        return [name for name in layers_of(network, "conv") if name.endswith(".conv1")]
-    return layers_of(network, config.layers)
-
-
-def _references(
-    run: Run, config: Config, train: Dataset, classes: list[str], transform: Any
-) -> list[tuple[Tensor, Tensor]]:
-    """The first samples of every class in a shuffled order, in batches of 50."""
-    wanted, images, labels = dict.fromkeys(range(len(classes)), config.references), [], []
-    order = permutation(len(train), seed=run.seed)
-    for start in range(0, min(len(order), 200 * config.references * len(classes)), 256):
-        samples = train.samples(order[start : start + 256])
-        for sample in samples:
-            label = int(sample["label"])
-            if wanted.get(label, 0):
-                wanted[label] -= 1
-                images.append(transform.one(sample, torch.Generator())["image"])
-                labels.append(label)
-        if not any(wanted.values()):
-            break
-    if not images:
-        raise UserError(f"{config.data} has no labelled samples to take references from.")
-    short = [classes[label] for label, missing in wanted.items() if missing == config.references]
-    if short:
-        run.note(f"No reference samples of {', '.join(short[:5])}: filters that only those classes need may be cut.")
-    x, y = run.fabric.to_device(torch.stack(images)), run.fabric.to_device(torch.tensor(labels))
-    return list(zip(x.split(50), y.split(50), strict=True))
-
-
-def _finetuner(config: Config, run: Run, name: str, train: Dataset, size: int, mean: Any, std: Any) -> Any:
-    """Trains what is left after every step; ``None`` where that is off."""
-    if not config.finetune:
-        return None
-    transform, _ = shared.transforms(size, 2, None, mean, std)
-    done: list[int] = []
-
-    def finetune(network: nn.Module) -> None:
-        done.append(1)
-        shared.train(run, f"finetune_{name}_{len(done)}", network, train, config.finetuning, transform)
-        network.to(run.fabric.device).eval()
-
-    return finetune
-
-
-def _right(run: Run, network: nn.Module, classes: list[str], test: Dataset, transform: Any) -> float:
-    return shared.accuracy(shared.confusion(run, network, len(classes), test, transform))
-
-
-def _keep(run: Run, config: Config, small: Compressed, classes: list[str], size: int, mean: Any, std: Any) -> None:
-    """The file, and how much smaller it is."""
-    about = {"classes": classes, "size": size, "mean": mean, "std": std, "composite": config.composite}
-    if run.is_first:
-        save_pruned(small, run.dir / PRUNED, {key: json.dumps(value) for key, value in about.items()})
-    run.artifact("pruned", run.dir / PRUNED, "the pruned network; load_pruned reads it")
-    before, after = small.report["before"], small.report["after"]
-    for what in ("parameters", "macs"):
-        run.metric(f"{what}_before", before[what])
-        run.metric(f"{what}_after", after[what])
-        run.metric(f"{what}_left", after[what] / before[what])
-    run.metric("filters_left", small.report["filters"]["after"] / small.report["filters"]["before"])
-    for layer, why in list(small.report["excluded"].items())[:6]:
-        run.log(f"Not pruned: {layer}: {why}.")
-
-
-def _show(
-    run: Run, config: Config, network: nn.Module, small: Compressed, samples: list[tuple[Tensor, Tensor]]
-) -> None:
-    """Where the answer comes from, before and after, and what is left of every layer."""
-    x, label = samples[0]
-    for name, model in (("before", network), ("after", small.model)):
-        told = relevance(model, x[:6], label[:6], config.composite, strict=False)
-        run.figure(f"relevance_{name}", told.figure(6), f"What spoke for the label, {name} pruning; red is for it.")
-    kept = small.report["kept"]
-    modules = dict(network.named_modules())
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axis = figure.subplots()
-    whole = [getattr(modules[name], "out_channels", getattr(modules[name], "out_features", 0)) for name in kept]
-    axis.bar(np.arange(len(kept)), whole, color="0.85", label="before")
-    axis.bar(np.arange(len(kept)), [len(index) for index in kept.values()], color="C0", label="after")
-    if len(kept) <= 30:
-        axis.set_xticks(np.arange(len(kept)), list(kept), rotation=90, fontsize=7)
-    axis.set_ylabel("filters")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    run.figure("layers", figure, "Filters of the layers that lost some.")
-
-
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Refuse what cannot be pruned, or is no share."""
     if config.checkpoint and not config.model:
         raise UserError("a checkpoint needs the name of its network: give --model timm:NAME too.")
     if ":" in config.model and not config.model.startswith("timm:"):
@@ -423,3 +158,220 @@ def _check(config: Config) -> None:
             raise UserError(f"there are no rules {name!r}; there are {', '.join(COMPOSITES)}.")
     for name in (config.criterion, *config.others):
         Criterion(name, composite=config.composite)  # type: ignore[arg-type]
+
+
+def run(config: Config, run: Run) -> None:
+    """The plane, where it was asked for, and then a network for pictures."""
+    if config.data == "planar":
+        _plane(config, run)
+        config = replace(config, data="digits")
+    _pictures(config, run)
+
+
+def answer(kept: Saved, item: Item) -> Answer:
+    """The class of a picture by the pruned network, and which of its places spoke for it."""
+    network: Any = kept.model
+    found = relevance(network.network, item.input, composite=kept.facts["composite"], strict=False)
+    facts = classification.likeliest(kept, found.logits[0])
+    figure = found.figure()
+    figure.suptitle(f"{facts['class']} ({facts['probability'][facts['class']]:.0%})", fontsize=11, parse_math=False)
+    return Answer(facts, figure)
+
+
+# ----------------------------------------------------------------------------------------------------------- the plane
+
+
+def _plane(config: Config, run: Run) -> None:
+    table, figure = plane_pruning.measure(
+        run,
+        config.plane,
+        config.width,
+        config.last_activation,
+        config.plane_composite,
+        1 / 3,
+        config.shots,
+        config.draws,
+    )
+    for kind, value in table.full.items():
+        run.metric(f"plane_accuracy_{kind}_full", value)
+    for few in config.shots:
+        for criterion in plane_pruning.CRITERIA:
+            for kind in plane_pruning.SETS:
+                run.metric(f"plane_accuracy_{kind}_{criterion}_{few}", table.mean(few, criterion, sets=[kind]))
+            run.metric(f"plane_accuracy_{criterion}_{few}", table.mean(few, criterion))
+            run.metric(f"plane_equal_accuracy_{criterion}_{few}", table.mean(few, criterion, equal=True))
+        ours = table.mean(few, "relevance")
+        run.metric(f"plane_gain_over_taylor_{few}", ours - max(table.mean(few, name) for name in plane_pruning.TAYLORS))
+        run.metric(f"plane_gain_over_gradient_{few}", ours - table.mean(few, "gradient"))
+        run.metric(f"plane_gain_over_random_{few}", ours - table.mean(few, "random"))
+    run.metric("plane_cut_difference", table.lost)
+    lines = {
+        c.replace("_", " "): [(few, table.mean(few, c)) for few in sorted(config.shots)] for c in plane_pruning.CRITERIA
+    }
+    drawn = figures.lines(lines, "references a class", "accuracy, mean of three sets", log_x=True)
+    run.figure("plane", drawn, "A third of the units cut in one shot, ranked over all layers.")
+    run.figure("decisions", figure, "What networks say in the plane, whole and with a third of their units cut.")
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def _pictures(config: Config, run: Run) -> None:
+    """Train or load, prune by every criterion in steps, measure each network on the way, keep one."""
+    source = load(config.data, config.train_split, classification.NEEDS, run.seed)
+    test = load(config.data, config.eval_split, classification.NEEDS, run.seed)
+    test = subset(test, config.test_images, 0) if 0 < config.test_images < len(test) else test
+    network, size = _network(config, run, source, class_names(source, test))
+    if config.augmentation == Augmentation() and config.data != "digits" and size == 32:
+        config = replace(config, augmentation=CIFAR)
+    task = ClassificationTask(config, run, source, test, Inputs.of(network, (size, size)))
+    if not config.checkpoint:
+        network = task.train("network", network).model
+    network.to(run.fabric.device).eval()
+    whole = task.measure(network)["accuracy"]
+    run.metric("accuracy_whole", whole)
+    run.log(f"{config.data}: accuracy {whole:.3f} with all filters.")
+
+    samples = _references(run, config, task)
+    example = samples[0][0][:1]
+    steps = run.cap(math.ceil((1 - config.keep) / config.step - 1e-9))
+    keeps = [max(config.keep, round(1 - config.step * (i + 1), 6)) for i in range(steps)]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name in dict.fromkeys((config.criterion, *config.others)):
+        lines[name] = [(1.0, whole)]
+        criterion = Criterion(name, composite=config.composite)  # type: ignore[arg-type]
+        way = prune(
+            network,
+            example,
+            samples,
+            keeps,
+            criterion,
+            config.step,
+            config.floor,
+            config.equal,
+            layers=_layers(config, network),
+            finetune=_finetuner(config, task, name),
+            generator=run.generator("random scores"),
+        )
+        small = None
+        for small in way:
+            share = small.report["filters"]["after"] / small.report["filters"]["before"]
+            lines[name].append((share, task.measure(small.model)["accuracy"]))
+        run.metric(f"accuracy_{name}", lines[name][-1][1])
+        run.log(f"{name}: accuracy {lines[name][-1][1]:.3f} with {lines[name][-1][0]:.0%} of the filters.")
+        if name == config.criterion and small is not None:
+            _record(run, small)
+            pruned = Reshaped(small.model, shapes_of(small.model))
+            task.keep(pruned, "the pruned network", "pruned", composite=config.composite)
+            _show(run, config, network, small, samples)
+    rest = [points[-1][1] for name, points in lines.items() if name != config.criterion]
+    if rest:
+        run.metric("gain_over_best_other", lines[config.criterion][-1][1] - max(rest))
+    how = "fine-tuned" if config.finetune else "without fine-tuning"
+    drawn = figures.lines(lines, "share of filters left", "accuracy")
+    run.figure("pruning", drawn, f"Held-out accuracy while filters go, {how}.")
+
+
+def _network(config: Config, run: Run, source: Dataset, classes: list[str]) -> tuple[nn.Module, int]:
+    """The network, not trained yet where there is no checkpoint, and the side of its input."""
+    name = config.model.removeprefix("timm:") or "cifar_resnet20"
+    if config.checkpoint:
+        network = trained(name, config.checkpoint, log=run.log)
+    else:
+        run.seed_everything("network")
+        try:
+            network = create_timm(name, pretrained=config.pretrained, num_classes=len(classes))
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"weights of {name} cannot be had ({reason}); give --checkpoint FILE.") from error
+    own, wanted = min(source.natural_size()), Inputs.of(network).size
+    made_for = min(wanted) if wanted and (config.checkpoint or config.pretrained) else own
+    size = config.size or made_for
+    found = num_outputs(network, name, size)
+    if config.checkpoint and found != len(classes):
+        raise UserError(f"{config.checkpoint} is for {found} classes, {config.data} has {len(classes)}.")
+    return network, size
+
+
+def _layers(config: Config, network: nn.Module) -> list[str]:
+    """The layers that are pruned; the recorded figures of the built-in network leave its residual stream alone."""
+    if config.layers == "auto" and not config.model:
+        return [name for name in layers_of(network, "conv") if name.endswith(".conv1")]
+    return layers_of(network, config.layers)
+
+
+def _references(run: Run, config: Config, task: ClassificationTask) -> list[tuple[Tensor, Tensor]]:
+    """The first samples of every class in a shuffled order, in batches of 50."""
+    wanted, images, labels = dict.fromkeys(range(task.num_classes), config.references), [], []
+    order = permutation(len(task.source), seed=run.seed)
+    for start in range(0, min(len(order), 200 * config.references * task.num_classes), 256):
+        samples = task.source.samples(order[start : start + 256])
+        for sample in samples:
+            label = int(sample["label"])
+            if wanted.get(label, 0):
+                wanted[label] -= 1
+                images.append(task.measured.one(sample, torch.Generator())["image"])
+                labels.append(label)
+        if not any(wanted.values()):
+            break
+    if not images:
+        raise UserError(f"{config.data} has no labelled samples to take references from.")
+    short = [task.classes[label] for label, missing in wanted.items() if missing == config.references]
+    if short:
+        run.note(f"No reference samples of {', '.join(short[:5])}: filters that only those classes need may be cut.")
+    x, y = run.fabric.to_device(torch.stack(images)), run.fabric.to_device(torch.tensor(labels))
+    return list(zip(x.split(50), y.split(50), strict=True))
+
+
+def _finetuner(config: Config, task: ClassificationTask, name: str) -> Callable[[nn.Module], None] | None:
+    """Trains what is left after every step; ``None`` where that is off."""
+    if not config.finetune:
+        return None
+    done: list[int] = []
+
+    def finetune(network: nn.Module) -> None:
+        done.append(1)
+        phase = f"finetune_{name}_{len(done)}"
+        tuned = task.train(phase, network, training=config.finetuning, transform=task.measured).model
+        if tuned is not network:  # the moving average
+            network.load_state_dict(tuned.state_dict())
+        network.to(task.run.fabric.device).eval()
+
+    return finetune
+
+
+def _record(run: Run, small: Compressed) -> None:
+    """How much smaller it is."""
+    before, after = small.report["before"], small.report["after"]
+    for what in ("parameters", "macs"):
+        run.metric(f"{what}_before", before[what])
+        run.metric(f"{what}_after", after[what])
+        run.metric(f"{what}_left", after[what] / before[what])
+    run.metric("filters_left", small.report["filters"]["after"] / small.report["filters"]["before"])
+    for layer, why in list(small.report["excluded"].items())[:6]:
+        run.log(f"Not pruned: {layer}: {why}.")
+
+
+def _show(
+    run: Run, config: Config, network: nn.Module, small: Compressed, samples: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Where the answer comes from, before and after, and what is left of every layer."""
+    x, label = samples[0]
+    for name, model in (("before", network), ("after", small.model)):
+        found = relevance(model, x[:6], label[:6], config.composite, strict=False)
+        run.figure(f"relevance_{name}", found.figure(6), f"What spoke for the label, {name} pruning; red is for it.")
+    kept = small.report["kept"]
+    modules = dict(network.named_modules())
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axis = figure.subplots()
+    whole = [getattr(modules[name], "out_channels", getattr(modules[name], "out_features", 0)) for name in kept]
+    axis.bar(np.arange(len(kept)), whole, color="0.85", label="before")
+    axis.bar(np.arange(len(kept)), [len(index) for index in kept.values()], color="C0", label="after")
+    if len(kept) <= 30:
+        axis.set_xticks(np.arange(len(kept)), list(kept), rotation=90, fontsize=7)
+    axis.set_ylabel("filters")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    run.figure("layers", figure, "Filters of the layers that lost some.")

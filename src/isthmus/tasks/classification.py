@@ -233,12 +233,14 @@ def show(run: Run, model: nn.Module, classes: Sequence[str], held_out: Dataset, 
 
 def answer(kept: Saved, item: Item) -> Answer:
     """The likeliest class of a picture, the five likeliest with their probabilities, and the picture under it."""
-    probability = item.predicted.float().softmax(0).cpu()
+    facts = likeliest(kept, item.predicted)
+    return Answer(facts, annotated(item.image, f"{facts['class']} ({facts['probability'][facts['class']]:.0%})"))
+
+
+def likeliest(kept: Saved, logits: Tensor) -> dict[str, Any]:
+    """The class of logits ``(K,)`` by name, and the five likeliest with their probabilities."""
+    probability = logits.float().softmax(0).cpu()
     best = probability.topk(min(5, len(probability)))
     classes = kept.labels or [str(number) for number in range(len(probability))]
-    likeliest = classes[int(best.indices[0])]
-    facts = {
-        "class": likeliest,
-        "probability": {classes[int(i)]: round(float(p), 4) for p, i in zip(*best, strict=True)},
-    }
-    return Answer(facts, annotated(item.image, f"{likeliest} ({float(best.values[0]):.0%})"))
+    likely = {classes[int(i)]: round(float(p), 4) for p, i in zip(*best, strict=True)}
+    return {"class": classes[int(best.indices[0])], "probability": likely}

@@ -15,6 +15,7 @@ from isthmus.compression.filter_scores import Criterion, filter_scores
 from isthmus.compression.ranking import lowest
 from isthmus.compression.surgery import Surgery
 from isthmus.data import load
+from isthmus.encoders.signals.plane_net import PlaneNet
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.objectives.classification import Classification
@@ -31,24 +32,6 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "random": {"name": "random"},
 }
 TAYLORS = ("taylor", "taylor_plain", "taylor_sample")
-
-
-class PlaneNet(nn.Sequential):
-    """2 → width → width → width → classes, dropout after the first activation.
-
-    Args:
-        classes: outputs.
-        width: units of a hidden layer.
-        last: an activation after the third hidden layer; the released network has none there.
-    """
-
-    def __init__(self, classes: int, width: int = 256, last: bool = True) -> None:
-        super().__init__(
-            *(nn.Linear(2, width), nn.ReLU(), nn.Dropout(0.5)),
-            *(nn.Linear(width, width), nn.ReLU()),
-            *(nn.Linear(width, width), nn.ReLU() if last else nn.Identity()),
-            nn.Linear(width, classes),
-        )
 
 
 @dataclass
@@ -85,8 +68,8 @@ def measure(
         classes = len(train.classes or ())
         run.seed_everything("network", kind)
         network: nn.Module = PlaneNet(classes, width, last)
-        fit(run, kind, Classification(network, key="signal"), train, training)
-        network = network.cpu().eval()
+        result: Any = fit(run, kind, Classification(network, key="signal"), train, training)
+        network = (result.objective if result.ema is None else result.ema).model.cpu().eval()
         table.full[kind] = _accuracy(network, test)
         layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][:-1]
         number = round(share * len(layers) * width)
@@ -150,11 +133,11 @@ def _accuracy(network: nn.Module, test: Any) -> float:
 
 @torch.no_grad()
 def _decisions(axis: Any, network: nn.Module, test: Any, title: str) -> None:
-    """What the network says everywhere, with the test points on it."""
+    """What the network predicts everywhere, with the test points on it."""
     line = torch.linspace(-1.8, 1.8, 90)
     places = torch.cartesian_prod(line, line)
-    told = network(places).argmax(1).view(90, 90).T.numpy()
-    axis.imshow(told, origin="lower", extent=(-1.8, 1.8, -1.8, 1.8), cmap="Pastel1", vmin=0, vmax=8)
+    predicted = network(places).argmax(1).view(90, 90).T.numpy()
+    axis.imshow(predicted, origin="lower", extent=(-1.8, 1.8, -1.8, 1.8), cmap="Pastel1", vmin=0, vmax=8)
     points, label = test.data["signal"][:300], test.data["label"][:300]
     axis.scatter(*points.T.numpy(), c=label.numpy(), cmap="Set1", vmin=0, vmax=8, s=4, linewidths=0)
     axis.set_title(f"{title}: {_accuracy(network, test):.3f}", fontsize=9)
