@@ -10,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+import isthmus
 from isthmus.codec import UserError
 from isthmus.data import load
+from isthmus.data.transforms.numbers import Digits
 from isthmus.engine import Run, Training
 from isthmus.recipes import street_numbers
-from isthmus.recipes.street_numbers import Config, _Digits
+from isthmus.recipes.street_numbers import Config
+from isthmus.tasks import applying
 
 SMALL: dict[str, Any] = {"images": 120, "test_images": 60, "widths": (6, 8), "strides": (2, 2), "dense": (16,)}
 BRIEF = Training(steps=4, batch_size=30, lr=1e-3)
@@ -34,7 +37,7 @@ def test_measures_readers_and_their_confidence(trained: tuple[Path, dict[str, An
     assert metrics["gain_over_shallow"] == pytest.approx(metrics["accuracy"] - metrics["accuracy_shallow"])
     assert metrics["coverage_at_90"] >= metrics["coverage_at_98"]
     assert {"coverage", "examples"} <= {figure["name"] for figure in trained[1]["figures"]}
-    settings = json.loads((trained[0] / "reader" / "reading.json").read_text())
+    settings = isthmus.load(trained[0]).facts
     assert settings["accuracy"] == 0.98
     assert settings["threshold"] > 0
 
@@ -43,20 +46,15 @@ def test_apply_reads_pictures_of_any_size(trained: tuple[Path, dict[str, Any]], 
     image = load("street-numbers:50x90", "test")[3]["image"].permute(1, 2, 0).numpy()
     Image.fromarray(image).save(tmp_path / "a.png")
     Image.fromarray(image[:20, :20, 0]).save(tmp_path / "grey.png")
-    (tmp_path / "no.txt").write_text("no picture")
-    files = [tmp_path / name for name in ("a.png", "grey.png", "no.txt")]
-    written = street_numbers.apply(trained[0], files, tmp_path / "out")
-    found = json.loads(written[0].read_text())["pictures"]
-    for name in files[:2]:
+    files = [tmp_path / name for name in ("a.png", "grey.png")]
+    written = applying.apply(trained[0], files, tmp_path / "out", street_numbers.answer)
+    found = json.loads(written[0].read_text())
+    for name in files:
         entry = found[str(name)]
         assert entry["number"] is None or entry["number"].isdigit() or entry["number"] == ""
         assert 0 <= entry["probability"] <= 1
         assert 0 <= entry["calibrated"] <= 1
         assert isinstance(entry["confident"], bool)
-    assert "skipped" in found[str(files[2])]
-    with pytest.raises(UserError, match="none of the inputs"):
-        street_numbers.apply(trained[0], files[2:], tmp_path / "none")
-    assert not (tmp_path / "none").exists()
 
 
 def test_takes_boxes_crops_and_a_timm_encoder(tmp_path: Path) -> None:
@@ -83,22 +81,25 @@ def test_folders_named_by_numbers_do_as_labels(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 12)).save(tmp_path / name / "a.png")
     dataset = load(f"folder:{tmp_path}", "all", ("image", "label"))
-    batch = _Digits(dataset.classes)(dataset.fetch([0, 1]), torch.Generator())
+    batch = Digits(dataset.classes)(dataset.fetch([0, 1]), torch.Generator())
     assert [number.tolist() for number in batch["labels"]] == [[0, 7], [1, 4, 2]]
     with pytest.raises(UserError, match="'cat' is no number"):
-        _Digits(["cat"])({"label": torch.tensor([0])}, torch.Generator())
+        Digits(["cat"])({"label": torch.tensor([0])}, torch.Generator())
 
 
 def test_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     Image.new("RGB", (20, 12)).save(tmp_path / "plain" / "a.png")
-    with Run.quick(tmp_path, name="street-numbers") as run:
-        with pytest.raises(UserError, match="accuracy must lie"):
-            street_numbers.run(Config(accuracy=98), run)
-        with pytest.raises(UserError, match="smaller than the window"):
-            street_numbers.run(Config(resize=(64, 8)), run)
-        with pytest.raises(UserError, match="no labels, caption or label"):
-            street_numbers.run(Config(data=f"folder:{tmp_path / 'plain'}"), run)
+    for config, message in (
+        (Config(accuracy=98), "accuracy must lie"),
+        (Config(resize=(64, 8)), "smaller than the window"),
+        (Config(images=-1), "--images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            street_numbers.check(config)
+    config = Config(data=f"folder:{tmp_path / 'plain'}")
+    with Run.quick(tmp_path, name="street-numbers") as run, pytest.raises(UserError, match="no labels, caption or"):
+        street_numbers.run(config, run)
 
 
 def test_the_published_boxes_of_svhn_are_left_top_width_height() -> None:
@@ -112,5 +113,5 @@ def test_an_encoder_of_one_size_is_made_for_the_window(tmp_path: Path) -> None:
     with Run.quick(tmp_path / "run", name="street-numbers", config=config) as run:
         street_numbers.run(config, run)
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
-    written = street_numbers.apply(run.dir, [tmp_path / "a.png"], tmp_path / "out")
-    assert "number" in json.loads(written[0].read_text())["pictures"][str(tmp_path / "a.png")]
+    written = applying.apply(run.dir, [tmp_path / "a.png"], tmp_path / "out", street_numbers.answer)
+    assert "number" in json.loads(written[0].read_text())[str(tmp_path / "a.png")]

@@ -17,25 +17,14 @@ named by numbers (``--data``) will do.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from isthmus.catalog import published
-from isthmus.codec import Codec, UserError, write_atomically
-from isthmus.data import Dataset, evaluation_batches, example_batch, load
-from isthmus.data.builtin.street_numbers import NumberBox
-from isthmus.data.dataset import Unreadable
-from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
-from isthmus.data.splits import spaced
-from isthmus.data.transforms import CenterCrop, Compose, RandomCrop, Resize, Transform
+from isthmus.codec import UserError
 from isthmus.decoders.digit_sequence import (
     AbsentDigits,
     DigitSequence,
@@ -49,17 +38,13 @@ from isthmus.decoders.digit_sequence import (
 )
 from isthmus.encoders.backbone import Backbone, made_for
 from isthmus.encoders.images.maxout_cnn import MaxoutCNN
-from isthmus.engine import Run, Training, read_config
+from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
-from isthmus.metrics.coverage import coverage, coverage_curve
 from isthmus.objectives.number_reading import NumberReading
-from isthmus.recipes import _image_classification as shared
-from isthmus.report import figures
+from isthmus.tasks import numbers
 
-needs = ("image", "labels?", "caption?", "label?", "boxes?")
-
-_READER = "reader"
-_SETTINGS = "reading.json"
+needs = numbers.NEEDS
+answer = numbers.answer
 
 
 @dataclass(frozen=True)
@@ -113,7 +98,7 @@ class Config:
 
     @classmethod
     def paper(cls) -> Config:
-        """The best network for public SVHN; learning rate and schedule were never told, so these are a modern run's.
+        """The best network for public SVHN; its learning rate was never published: these are a modern run's.
 
         ``--data parquet:PATH`` of full numbers with ``image``, ``labels`` and ``boxes`` of the digits. The hub's extra
         202,353 numbers, which the paper trains on as well, are not read; join them to the training part in such a file.
@@ -139,14 +124,22 @@ class Config:
         )
 
 
-def run(config: Config, run: Run) -> None:
-    """Train the readers, compare them, choose the threshold, draw the curve."""
+def check(config: Config) -> None:
+    """Refuse what no run can do, before any of it is done."""
     if not 0 < config.accuracy <= 1:
         raise UserError(f"--accuracy must lie in (0, 1], got {config.accuracy}.")
+    if min(config.size) < 1 or min(config.resize) < 0:
+        raise UserError(f"--size {config.size} is at least 1 pixel a side, --resize {config.resize} at least 0.")
     if any(config.resize) and not all(a >= b for a, b in zip(config.resize, config.size, strict=True)):
         raise UserError(f"--resize {config.resize} is smaller than the window --size {config.size} cut out of it.")
+    if config.images < 0 or config.test_images < 0 or config.max_digits < 1:
+        raise UserError("--images and --test-images are at least 0, --max-digits at least 1.")
+
+
+def run(config: Config, run: Run) -> None:
+    """Train the readers, compare them, choose the threshold, draw the curve."""
     parts = {
-        split: _dataset(config, split, count, run.seed)
+        split: numbers.dataset_of(config, split, count, run.seed)
         for split, count in (("train", config.images), ("val", config.test_images), ("test", config.test_images))
     }
     run.log(f"{config.data}: {len(parts['train'])} images to train on, {len(parts['test'])} held out.")
@@ -155,11 +148,12 @@ def run(config: Config, run: Run) -> None:
     for kind in kinds:
         run.seed_everything("network")
         objective = _objective(config, kind)
-        transform = _transforms(config, parts["train"])[0]
-        readers[kind] = fit(run, kind, objective, parts["train"], config.training, transform).objective  # type: ignore[assignment]
+        transform = numbers.transforms(config, parts["train"])[0]
+        result = fit(run, kind, objective, parts["train"], config.training, transform)
+        readers[kind] = cast(NumberReading, result.ema or result.objective)
         run.metric(f"parameters_{kind}", sum(p.numel() for p in objective.parameters()), unit="parameters")
 
-    scores, length, digits = _scores(run, config, readers["deep"], parts["test"])
+    scores, length, digits = numbers.scores_of(run, config, readers["deep"], parts["test"])
     joint, first = read(scores), read_length_first(scores)
     correct = right(joint, length, digits)
     accuracy = float(correct.float().mean())
@@ -173,158 +167,21 @@ def run(config: Config, run: Run) -> None:
     best = confidence.topk(len(confidence) // 2 or 1).indices
     run.metric("confident_half_gain", float(correct[best].float().mean()) - accuracy)
     for kind in kinds[1:]:
-        other, other_length, other_digits = _scores(run, config, readers[kind], parts["test"])
+        other, other_length, other_digits = numbers.scores_of(run, config, readers[kind], parts["test"])
         found = float(right(readers[kind].read(other), other_length, other_digits).float().mean())
         run.metric(f"accuracy_{kind}", found)
         run.metric(f"gain_over_{kind}", accuracy - found)
         if kind == "shallow":
             sizes = [sum(p.numel() for p in readers[k].parameters()) for k in ("deep", "shallow")]
             run.metric("parameters_over_shallow", sizes[0] / sizes[1])
-    settings = _operating_point(run, config, readers["deep"], parts["val"], confidence, correct)
-    _draw(run, config, parts["test"], joint, length, digits, confidence, correct)
-    if run.is_first:
-        Codec(readers["deep"].encoder, decoder=readers["deep"].decoder).save_pretrained(run.dir / _READER)
-        write_atomically(run.dir / _READER / _SETTINGS, json.dumps(settings, indent=1).encode())
-    run.artifact("reader", run.dir / _READER, "the trained reader; `isthmus apply` reads pictures with it")
-
-
-def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
-    """Read the numbers on pictures: ``numbers.json``.
-
-    For every picture: the number as text (``null`` where it has too many digits), its probability, that probability
-    calibrated on images that were not trained on, and whether it is confident enough to be relied on as often as the
-    run was told (98 % by default).
-
-    Args:
-        run_dir: a finished run.
-        inputs: image files of any size, each cut roughly to one number.
-        out: the folder to write to.
-
-    Raises:
-        UserError: the run is incomplete, or no input is an image.
-    """
-    folder = run_dir / _READER
-    if not (folder / _SETTINGS).is_file():
-        raise UserError(f"{run_dir} has no {_READER}; run the recipe to its end first.")
-    saved = read_config(run_dir)["config"]
-    config = Config(**{**saved, "training": Config().training, "boxes": False})
-    config = Config(**{**vars(config), "size": tuple(saved["size"]), "resize": tuple(saved["resize"])})
-    settings = json.loads((folder / _SETTINGS).read_text())
-    codec = Codec.from_pretrained(folder)
-    plain = _transforms(config, None)[1]
-    found: dict[str, Any] = {}
-    for source in inputs:
-        try:
-            image = decode_image(source)
-        except Unreadable as error:
-            found[str(source)] = {"skipped": str(error)}
-            continue
-        batch = plain({"image": image[None].float() / 255}, torch.Generator())
-        with torch.no_grad():
-            reading = read(codec(batch["image"]).prediction)
-        confidence = float(reading.log_prob.exp())
-        found[str(source)] = {
-            "number": reading.strings()[0],
-            "probability": round(confidence, 4),
-            "calibrated": round(float(np.interp(confidence, *settings["calibration"])), 4),
-            "confident": reading.strings()[0] is not None and confidence >= settings["threshold"],
-        }
-    if not any("number" in entry for entry in found.values()):
-        told = "; ".join(f"{name}: {entry['skipped']}" for name, entry in found.items())
-        raise UserError(f"none of the inputs is an image ({told}); known are {', '.join(IMAGE_SUFFIXES)}.")
-    out.mkdir(parents=True, exist_ok=True)
-    document = {"accuracy_asked_for": settings["accuracy"], "threshold": settings["threshold"], "pictures": found}
-    write_atomically(out / "numbers.json", (json.dumps(document, indent=1) + "\n").encode())
-    return [out / "numbers.json"]
-
-
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
-@torch.no_grad()
-def _scores(run: Run, config: Config, reader: NumberReading, dataset: Dataset) -> tuple[NumberScores, Tensor, Tensor]:
-    """Logits, lengths and digits of a whole source, on the CPU."""
-    reader.to(run.fabric.device).eval()
-    rows: list[tuple[Tensor, ...]] = []
-    for batch in evaluation_batches(dataset, 250, transform=_transforms(config, dataset)[1]):
-        scores = reader.decoder(reader.encoder(run.fabric.to_device(batch["image"])))
-        rows.append((scores.length.cpu(), scores.digits.cpu(), *targets(batch["labels"], config.max_digits)))
-    length_scores, digit_scores, length, digits = (torch.cat(column) for column in zip(*rows, strict=True))
-    return NumberScores(length_scores, digit_scores), length, digits
+    settings = numbers.operating_point(run, config, readers["deep"], parts["val"], confidence, correct, reported)
+    numbers.draw(run, config, parts["test"], joint, length, digits, confidence, correct)
+    numbers.keep(run, config, readers["deep"], settings)
 
 
 def _reported(config: Config) -> Mapping[str, str]:
     """The paper's figures, which are about pictures of 54 pixels."""
     return published("street-numbers") if config.size == (54, 54) else {}
-
-
-def _operating_point(
-    run: Run, config: Config, reader: NumberReading, val: Dataset, confidence: Tensor, correct: Tensor
-) -> dict[str, Any]:
-    """Coverage on the test images; the threshold and the calibration from the validation images."""
-    from sklearn.isotonic import IsotonicRegression
-
-    reported = _reported(config)
-    for asked in sorted({0.9, 0.95, config.accuracy}):
-        found = coverage(confidence, correct, asked)
-        metric = f"coverage_at_{100 * asked:g}"
-        run.metric(metric, found.coverage, published=reported.get(metric))
-    scores, length, digits = _scores(run, config, reader, val)
-    reading = read(scores)
-    val_confidence, val_correct = reading.log_prob.exp(), right(reading, length, digits)
-    chosen = coverage(val_confidence, val_correct, config.accuracy)
-    kept = confidence >= chosen.threshold
-    run.metric("covered_by_threshold", float(kept.float().mean()))
-    if bool(kept.any()):
-        run.metric("accuracy_of_covered", float(correct[kept].float().mean()))
-    curve = IsotonicRegression(out_of_bounds="clip", y_min=0, y_max=1)
-    curve.fit(val_confidence.double().numpy(), val_correct.double().numpy())
-    knots = [curve.X_thresholds_.tolist(), curve.y_thresholds_.tolist()]
-    calibrated = torch.from_numpy(np.interp(confidence.double().numpy(), *knots))
-    for name, value in (("", confidence.double()), ("_calibrated", calibrated)):
-        run.metric(f"calibration_error{name}", _calibration_error(value, correct))
-    # Written as a number that JSON knows; no confidence reaches 2.
-    threshold = chosen.threshold if chosen.coverage else 2.0
-    return {"accuracy": config.accuracy, "threshold": threshold, "calibration": knots}
-
-
-def _calibration_error(confidence: Tensor, correct: Tensor, bins: int = 10) -> float:
-    """The expected calibration error: |mean confidence - accuracy| over equal bins, weighted by their samples."""
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    return float(binary_calibration_error(confidence.clamp(0, 1), correct.long(), n_bins=bins))
-
-
-def _draw(
-    run: Run,
-    config: Config,
-    dataset: Dataset,
-    reading: Reading,
-    length: Tensor,
-    digits: Tensor,
-    confidence: Tensor,
-    correct: Tensor,
-) -> None:
-    share, reached, _ = coverage_curve(confidence, correct)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(share, reached)
-    axis.axhline(config.accuracy, color="tab:gray", linestyle="--", linewidth=1)
-    axis.set_xlabel("share of images answered, most confident first")
-    axis.set_ylabel("share of answers that are right")
-    axis.spines[["top", "right"]].set_visible(False)
-    run.figure("coverage", figure, f"Coverage on held-out images; the line is at {config.accuracy:.0%}.")
-    plain = _transforms(config, dataset)[1]
-    chosen = spaced(len(dataset), 24)
-    if len(correct) == len(dataset):
-        batch = example_batch(dataset, chosen, plain)
-    else:  # some could not be read, which moves the others' places
-        batch = next(evaluation_batches(dataset, 24, transform=plain))
-        chosen = np.arange(len(batch["image"]))
-    told = reading.strings()
-    captions = [f"{told[i] if told[i] is not None else '?'} ({float(confidence[i]):.2f})" for i in chosen]
-    pictures = figures.captioned(batch["image"], captions, [bool(correct[i]) for i in chosen], columns=8)
-    run.figure("examples", pictures, "Held-out images, what is read and how sure that is; red is wrong.")
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -358,54 +215,3 @@ def _encoder(config: Config, shallow: bool) -> Any:
     if shallow:
         return MaxoutCNN(config.size, config.widths[:1], strides=config.strides[:1], **{**options, "local": 0})
     return MaxoutCNN(config.size, config.widths, strides=config.strides, **options)
-
-
-def _transforms(config: Config, dataset: Dataset | None) -> tuple[Transform, Transform]:
-    """For training and for measuring: the number's box, the size, the digits as numbers."""
-    before = config.resize if config.resize[0] else config.size
-    steps: list[Transform] = [NumberBox(before)] if config.boxes else [_Whole(before)]
-    if config.encoder:
-        steps.append(shared.Normalize())
-    steps.append(_Digits(None if dataset is None else dataset.classes))
-    return Compose([*steps, RandomCrop(config.size)]), Compose([*steps, CenterCrop(config.size)])
-
-
-class _Whole(Resize):
-    """The whole picture at a fixed size; boxes are of no use then."""
-
-    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        kept = {key: value for key, value in batch.items() if key not in ("boxes", "labels")}
-        return {**super().__call__(kept, generator), **({"labels": batch["labels"]} if "labels" in batch else {})}
-
-
-class _Digits(Transform):
-    """``labels`` from captions that are numbers, or from classes that are, where the source has no digits itself."""
-
-    def __init__(self, classes: Sequence[str] | None) -> None:
-        self.classes = classes
-
-    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        batch = dict(batch)
-        if "labels" not in batch and ("caption" in batch or "label" in batch):
-            texts = batch["caption"] if "caption" in batch else [self._name(int(label)) for label in batch["label"]]
-            batch["labels"] = [_number(text) for text in texts]
-        return batch
-
-    def _name(self, label: int) -> str:
-        return str(label) if self.classes is None else self.classes[label]
-
-
-def _number(text: str) -> Tensor:
-    if not text.isascii() or not (text.isdigit() or text == ""):
-        raise UserError(f"{text!r} is no number; captions and folder names have to be digits, such as 1984.")
-    return torch.tensor([int(digit) for digit in text], dtype=torch.int64)
-
-
-def _dataset(config: Config, split: str, count: int, seed: int) -> Dataset:
-    dataset = load(config.data, split, needs, seed)
-    if not {"labels", "caption", "label"} & set(dataset.columns):
-        raise UserError(
-            f"{config.data} says of no picture what number is on it; it has no labels, caption or label. Numbers "
-            "in the names of files are taken by folder:PATH?number=name; docs/data.md shows all ways."
-        )
-    return shared.subset(dataset, count, 0) if count and count < len(dataset) else dataset
