@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import isthmus
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
+from isthmus.cli.flags import check
 from isthmus.codec import UserError
 from isthmus.data import load
 from isthmus.engine import Run
@@ -204,23 +205,23 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"split": 0}, "--split lies between 1 and the 10 classes"),
+        ({"split": 0}, "--split is at least 1"),
+        ({"split": 11}, "--split lies between 1 and the 10 classes"),
         ({"encoder": "resnet10"}, "timm has no model"),
         ({"splitter": "chunk", "codebooks": 7}, "64 channels cannot be cut into 7"),
         ({"data": "digits:128"}, "too many to be an embedding"),
         ({"encoder": "resnet10t", "weights": "nowhere.safetensors"}, "there is no checkpoint nowhere.safetensors"),
         ({"encoder": "resnet10t", "pretrained": True}, "weights of resnet10t cannot be had.*give them with --weights"),
         ({"encoder": "resnet10t", "reduction": 5}, "levels of reduction"),
-        ({"size": 0}, "--size must be 1 or more, got 0"),
+        ({"size": 0}, "--size is at least 1, got 0"),
         ({"weights": "some.pth"}, "pixels have no weights.*--encoder"),
-        ({"codebooks": 0}, "codebooks and the width of a query must be 1 or more"),
-        ({"splitter": "chunk", "codebooks": 0}, "codebooks and the width of a query must be 1 or more"),
-        ({"key_dim": -1}, "width of a query must be 1 or more"),
+        ({"codebooks": 0}, "--codebooks is at least 1"),
+        ({"key_dim": -1}, "--key-dim is at least 1"),
         ({"topk": 8}, "between 1 and the 4 pairs"),
-        ({"fewer_pairs": (0,)}, "the 0 pairs"),
-        ({"key_epochs": 0}, "--key-epochs must be 1 or more"),
-        ({"key_batch": -2}, "--key-batch must be 1 or more"),
-        ({"smoothing": 1.5}, "smoothing must lie in"),
+        ({"fewer_pairs": (0,)}, "--fewer-pairs is at least 1"),
+        ({"key_epochs": 0}, "--key-epochs is at least 1"),
+        ({"key_batch": -2}, "--key-batch is at least 1"),
+        ({"smoothing": 1.5}, "--smoothing is at least 0 and below 1"),
     ],
 )
 def test_impossible_settings_are_told(
@@ -235,7 +236,7 @@ def test_impossible_settings_are_told(
 
 
 def _run(config: Config, folder: Path) -> None:
-    dkvb.check(config)
+    check(dkvb, config)
     with Run.quick(folder, name="dkvb", config=config) as run:
         dkvb.run(config, run)
 

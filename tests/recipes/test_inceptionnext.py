@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 
+from isthmus.cli.flags import check
 from isthmus.codec import UserError
 from isthmus.encoders.images.inceptionnext import InceptionDWConv2d
 from isthmus.engine import Run, Training
@@ -57,8 +58,8 @@ def test_costs_are_recorded_beside_the_fastest_and_the_plain_7x7(tmp_path: Path)
 
 @pytest.mark.parametrize("mixers", [("inception", "5x5"), ()])
 def test_unknown_mixers_are_refused(mixers: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="choose from inception, 7x7, 3x3, identity"):
-        inceptionnext.check(Config(mixers=mixers))
+    with pytest.raises(UserError, match="inception, 7x7, 3x3, identity"):
+        check(inceptionnext, Config(mixers=mixers))
 
 
 def test_paper_setting_is_the_published_network() -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from isthmus import catalog
+from isthmus.cli.flags import check
 from isthmus.cli.running import applicable_claims
 from isthmus.codec import UserError
 from isthmus.data import load
@@ -249,12 +250,12 @@ def test_colour_images_mini_batches_and_no_photographs(tmp_path: Path) -> None:
         ({"patch": 1}, "--patch is at least 2"),
         ({"photos_eval": 0}, "at least 1"),
         ({"photos": "photos:3?count=4", "epochs": 1}, "patches take 4 a side"),
-        ({"pseudocount": -1.0}, "pseudocount is finite and not negative"),
-        ({"pseudocount": float("nan")}, "pseudocount is finite and not negative"),
+        ({"pseudocount": -1.0}, "--pseudocount is at least 0"),
+        ({"pseudocount": float("nan")}, "--pseudocount is at least 0"),
         ({"batch_size": 0}, "--batch-size is at least 1, got 0"),
         ({"patches": -5}, "--patches is at least 1, got -5"),
         ({"patch_epochs": 0}, "--patch-epochs is at least 1, got 0"),
-        ({"stochastic_epochs": -1}, "--stochastic-epochs is not negative"),
+        ({"stochastic_epochs": -1}, "--stochastic-epochs is at least 0"),
     ],
 )
 def test_impossible_settings_are_told(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_impossible_settings_are_told(changes: dict[str, Any], told: str, tmp_pa
 
 
 def _run(config: Config, folder: Path) -> None:
-    pc_compression.check(config)
+    check(pc_compression, config)
     with Run.quick(folder, name="pc-compression", config=config) as run:
         pc_compression.run(config, run)
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import isthmus
+from isthmus.cli.flags import check
 from isthmus.codec import UserError
 from isthmus.engine import Run, Training
 from isthmus.recipes import qlae
@@ -136,14 +137,14 @@ def test_says_what_is_wrong() -> None:
         (replace(SMALL, arms=()), "at least one of --arms"),
         (replace(SMALL, arms=("gan",), encoder="resnet10t"), "leave --encoder out"),
         (replace(SMALL, network="image", size=20), "give larger|no map grows"),
-        (replace(SMALL, values=0), "--values must be 1 or more, got 0"),
-        (replace(SMALL, latents=-1), "--latents must be 1 or more"),
+        (replace(SMALL, values=0), "--values is at least 1, got 0"),
+        (replace(SMALL, latents=-1), "--latents is at least 1"),
         (replace(SMALL, values=1), "arm fsq: .*at least two levels"),
         (replace(SMALL, arms=("ae", "gan"), encoder="resnet10t"), "leave --encoder out"),
         (replace(SMALL, encoder="resnet10"), "timm has no model"),
-        (replace(SMALL, measured=0), "--measured must be 1 or more"),
-        (replace(SMALL, size=-4), "--size must be 1 or more"),
-        (replace(SMALL, beta=-1.0), "--beta must be 0 or more"),
+        (replace(SMALL, measured=0), "--measured is at least 1"),
+        (replace(SMALL, size=-4), "--size is at least 1"),
+        (replace(SMALL, beta=-1.0), "--beta is at least 0"),
     ):
         with pytest.raises(UserError, match=expected):
-            qlae.check(config)
+            check(qlae, config)

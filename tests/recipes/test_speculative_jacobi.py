@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from isthmus.cli.flags import check
 from isthmus.codec import UserError
 from isthmus.data import Memory
 from isthmus.engine import Run, Training
@@ -167,25 +168,25 @@ def test_impossible_settings_and_damaged_files_are_told(trained: tuple[Path, dic
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"sequences": 10}, "--sequences must be at least 5000"),
+        ({"sequences": 10}, "--sequences is at least 5000"),
         ({"timed": 0}, "timed is at least 1, got 0"),
         ({"prompts": -1}, "prompts is at least 1"),
         ({"compared": 0}, "compared is at least 1"),
         ({"images": 0}, "images is at least 1"),
         ({"windows": ()}, "name at least one of each"),
-        ({"windows": (4, 0)}, "window must be at least 1"),
-        ({"window": -2}, "window must be at least 1"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"top_p": 1.5}, "top-p must lie in"),
-        ({"top_p": float("nan")}, "top-p must lie in"),
-        ({"top_k": -3}, "top-k must be at least 1"),
-        ({"guidance": float("inf")}, "guidance is a finite number"),
+        ({"windows": (4, 0)}, "--windows is at least 1"),
+        ({"window": -2}, "--window is at least 1"),
+        ({"temperature": 0.0}, "--temperature is above 0"),
+        ({"top_p": 1.5}, "--top-p is above 0 and at most 1"),
+        ({"top_p": float("nan")}, "--top-p is above 0 and at most 1"),
+        ({"top_k": -3}, "--top-k is at least 0"),
+        ({"guidance": float("inf")}, "--guidance is"),
     ],
 )
 def test_impossible_settings_are_told_before_training(changes: dict[str, Any], told: str) -> None:
     config = dataclasses.replace(SMALL, **changes)
     with pytest.raises(ValueError, match=told):
-        speculative_jacobi.check(config)
+        check(speculative_jacobi, config)
 
 
 def test_a_model_of_somebody_else_is_decoded_with_and_without_windows(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from isthmus import saved
 from isthmus.bottlenecks.key_value import KeyValueBottleneck
 from isthmus.bottlenecks.splitters import Chunk, RandomProjection
+from isthmus.bounds import Count, Share
 from isthmus.codec import Codec, UserError
 from isthmus.decoders.voting import FlatHead, Vote
 from isthmus.engine import Run, Training
@@ -64,21 +65,21 @@ class Config(ContinualConfig):
 
     splitter: Literal["random", "chunk"] = "random"
     """Random projections, or channels cut into blocks."""
-    codebooks: int = 64
+    codebooks: Count = 64
     """Codebooks, each with a query of its own."""
-    pairs: int = 128
+    pairs: Count = 128
     """Key-value pairs of a codebook."""
-    key_dim: int = 8
+    key_dim: Count = 8
     """Numbers of a key; given by the encoder where it is cut into blocks."""
-    topk: int = 1
+    topk: Count = 1
     """Pairs that a query fetches."""
-    key_epochs: int = 10
+    key_epochs: Count = 10
     """Passes over the embeddings that place the keys."""
-    key_batch: int = 256
+    key_batch: Count = 256
     """Embeddings a step of them."""
     key_start: Literal["normal", "queries", "kmeans"] = "queries"
     """Where keys start; normal is published, queries are quicker."""
-    dead: float = 0.1
+    dead: Share = 0.1
     """Keys that win less than this share of the average are put elsewhere."""
     stream: Training = field(default_factory=lambda: _sgd(30.0, 1.0))
     """Training of the values, for every task; momentum and weight decay would move values that were not fetched."""
@@ -92,7 +93,7 @@ class Config(ContinualConfig):
     """Training of the whole network, for every task."""
     baselines: tuple[Learner, ...] = ("probe", "slow_probe", "mlp", "finetune")
     """What is trained beside the bottleneck."""
-    fewer_pairs: tuple[int, ...] = (8, 32)
+    fewer_pairs: tuple[Count, ...] = (8, 32)
     """The bottleneck again with so many pairs, to see what their number does."""
     toy: bool = True
     """Draw the eight heaps."""
@@ -123,13 +124,6 @@ class Config(ContinualConfig):
 
 def check(config: Config) -> None:
     """Tell of impossible settings before anything is computed."""
-    for name in ("key_epochs", "key_batch"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(config, name)}.")
-    if config.size is not None and config.size < 1:
-        raise UserError(f"--size must be 1 or more, got {config.size}.")
-    if not 0 <= config.smoothing < 1:
-        raise UserError(f"--smoothing must lie in [0, 1), got {config.smoothing}.")
     if config.encoder == "pixels" and (config.weights is not None or config.pretrained):
         raise UserError("pixels have no weights; name the network of --weights or --pretrained by --encoder.")
 

@@ -16,10 +16,11 @@ samples is decoded as it comes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from isthmus.bounds import Count, Natural, Positive, Share, at_least
 from isthmus.catalog import published
 from isthmus.codec import Codec, UserError
 from isthmus.data.builtin.brain.cortex import NETWORKS, mean_latency
@@ -55,25 +56,25 @@ class Config:
     """Vision model whose latents of the pictures are predicted, timm:NAME or transformers:NAME; else the data's own."""
     pretrained: bool = True
     """Weights of that model; random ones with --no-pretrained."""
-    attention: int = 20
+    attention: Count = 20
     """Channels behind the sensor attention, and behind the 1x1 convolution."""
     position_dim: int = 72
     """Numbers of the position embedding, twice a square."""
-    attention_dropout: float = 0.2
+    attention_dropout: Annotated[float, at_least(0)] = 0.2
     """Radius of the disc of sensors that is banned in training, in units of the layout."""
-    hidden: int = 24
+    hidden: Count = 24
     """Channels of the convolutions."""
-    depth: int = 4
+    depth: Count = 4
     """Convolutions."""
-    channels: int = 64
+    channels: Count = 64
     """Channels of the tokens."""
-    head_hidden: int = 0
+    head_hidden: Natural = 0
     """Width of a hidden layer in the heads; 0 keeps them linear."""
-    subject_dropout: float = 0.0
+    subject_dropout: Share = 0.0
     """Share of training trials that go through the layer for people who were never recorded."""
-    weight: float = 0.75
+    weight: Share = 0.75
     """Weight of the contrastive loss; the rest is that of the regression."""
-    noise: float = 0.3
+    noise: Annotated[float, at_least(0)] = 0.3
     """Noise added to the scaled signal in training."""
     training: Training = Training(
         epochs=26, batch_size=64, lr=3e-3, weight_decay=0.1, warmup_epochs=7.8, warmup_from=0.04
@@ -81,9 +82,9 @@ class Config:
     """Training of the convnet."""
     painting: Training = Training(steps=400, batch_size=64, lr=5e-3, warmup_steps=20)
     """Training of the small conditional decoder."""
-    stride: float = 0.05
+    stride: Positive = 0.05
     """Seconds between two of the sliding windows of 0.1 s."""
-    k: int = 5
+    k: Count = 5
     """Candidates that may come first in retrieval."""
 
     @classmethod
@@ -115,12 +116,6 @@ class Config:
                 patience=10,
             ),
         )
-
-
-def check(config: Config) -> None:
-    """Refuse what cannot be measured."""
-    if not config.stride > 0 or config.k < 1:
-        raise UserError(f"--stride must be above 0 and --k at least 1, got {config.stride} and {config.k}.")
 
 
 def run(config: Config, run: Run) -> None:

@@ -21,12 +21,14 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from isthmus.bounds import Count, Natural, at_least
 from isthmus.catalog import published
 from isthmus.codec import UserError, load_weights, save_weights
 from isthmus.data import Dataset, load
@@ -54,35 +56,35 @@ class Config:
     """Part of the data to learn from."""
     eval_split: str = "test"
     """Part of the data to compress."""
-    latents: int = 8
+    latents: Count = 8
     """States of every latent."""
-    tree_latents: int = 16
+    tree_latents: Count = 16
     """States where trees are compared."""
-    epochs: int = 40
+    epochs: Count = 40
     """Passes of full-batch EM over the small images."""
-    stochastic_epochs: int = 0
+    stochastic_epochs: Natural = 0
     """Passes of mini-batch EM before those."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Samples of a mini-batch."""
     step: tuple[float, float] = (0.3, 0.03)
     """Step of mini-batch EM, from the first pass to the last."""
-    pseudocount: float = 0.01
+    pseudocount: Annotated[float, at_least(0)] = 0.01
     """Added to the flow of every node."""
-    timed: int = 64
+    timed: Count = 64
     """Images on which full and partial evaluation are timed."""
     photos: str = "photos:128"
     """Pictures for the circuit of patches; none skips that half, and apply with it."""
-    photos_train: int = 2048
+    photos_train: Count = 2048
     """Pictures to learn from."""
-    photos_eval: int = 48
+    photos_eval: Count = 48
     """Pictures to compress."""
-    patch: int = 8
+    patch: Annotated[int, at_least(2)] = 8
     """Pixels a side of a patch."""
-    patches: int = 100000
+    patches: Count = 100000
     """Patches to learn from."""
-    patch_latents: int = 16
+    patch_latents: Count = 16
     """States of every latent of the patches."""
-    patch_epochs: int = 2
+    patch_epochs: Count = 2
     """Passes of mini-batch EM over the patches."""
 
     @classmethod
@@ -104,17 +106,6 @@ class Config:
             patch_latents=32,
             patch_epochs=20,
         )
-
-
-def check(config: Config) -> None:
-    """Refuse counts that cannot be."""
-    counts = ("latents", "tree_latents", "epochs", "batch_size", "timed", "photos_train", "photos_eval", "patches")
-    for name in (*counts, "patch_latents", "patch_epochs"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is at least 1, got {getattr(config, name)}.")
-    if config.patch < 2 or config.stochastic_epochs < 0:
-        given = f"{config.patch} and {config.stochastic_epochs}"
-        raise UserError(f"--patch is at least 2 and --stochastic-epochs is not negative, got {given}.")
 
 
 def run(config: Config, run: Run) -> None:

@@ -31,13 +31,14 @@ timm network in front, ``--arms gan`` trains QLInfoWGAN-GP.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from isthmus.bottlenecks.latent_quantization import LatentQuantization
 from isthmus.bottlenecks.latents import FSQ, GaussianLatents, PlainLatents
+from isthmus.bounds import Count, at_least
 from isthmus.catalog import published
 from isthmus.codec import Codec, UserError
 from isthmus.decoders import style_decoder
@@ -84,15 +85,15 @@ class Config(LatentsConfig):
     """Dense layers, the published convolutions (image, for 64 pixels) or their small version."""
     encoder: str = ""
     """Any timm network as encoder, in place of ours; its deepest level is averaged."""
-    latents: int = 8
+    latents: Count = 8
     """Latents L; the paper takes twice as many as there are causes."""
-    values: int = 6
+    values: Count = 6
     """Values V of every latent."""
     arms: tuple[Arm, ...] = ("qlae", "qlae_without_decay", "ae_with_decay", "ae", "vae", "tcvae", "fsq")
     """What is trained; the first is kept. Also: fsq_normalised, qlae_global_table, qlae_frozen_tables, gan."""
-    decay: float = 0.1
+    decay: Annotated[float, at_least(0)] = 0.1
     """Weight decay of arms that have one; the others have none."""
-    beta: float = 4.0
+    beta: Annotated[float, at_least(0)] = 4.0
     """β of the VAEs."""
     gan: Training = Training(
         steps=2000, batch_size=64, lr=2e-4, betas=(0.0, 0.9), weight_decay=1e-3, schedule="constant"
@@ -126,11 +127,6 @@ def check(config: Config) -> None:
     """Find out about an impossible arm before others are trained."""
     if not config.arms:
         raise UserError("name at least one of --arms.")
-    for name in ("latents", "values", "size", "measured"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be 1 or more, got {getattr(config, name)}.")
-    if not config.beta >= 0:
-        raise UserError(f"--beta must be 0 or more, got {config.beta}.")
     if "gan" in config.arms and config.encoder:
         raise UserError("the arm gan has a critic inside its encoder; leave --encoder out, or gan.")
     for arm in config.arms:

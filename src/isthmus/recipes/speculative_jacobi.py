@@ -22,21 +22,21 @@ Image tokens of Chameleon, Anole and Janus need a wrapper, see :mod:`isthmus.sam
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from isthmus.bounds import Count, Natural, Positive, Range, at_least
 from isthmus.catalog import published
 from isthmus.codec import UserError, write_atomically
 from isthmus.data import load
 from isthmus.engine import Run, Training, read_config
 from isthmus.report import figures
-from isthmus.samplers.logits import top_k_top_p
 from isthmus.samplers.ordinary import Sampling
 from isthmus.samplers.raster import Start
 from isthmus.samplers.speculative_jacobi import SpeculativeJacobi
@@ -70,31 +70,31 @@ class Config:
     """Training of the tokenizer."""
     prior_training: Training = PRIOR
     """Training of the prior."""
-    window: int = 8
+    window: Count = 8
     """Inputs of a pass, so the most tokens that one can add."""
-    windows: tuple[int, ...] = (4, 8, 16)
+    windows: tuple[Count, ...] = (4, 8, 16)
     """Windows that are compared."""
     start: Start = "random"
     """First guesses where only one kind is used."""
     starts: tuple[Start, ...] = ("random", "repeat_horizon", "sample_horizon", "repeat_vertical", "sample_vertical")
     """First guesses that are compared."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of sampling."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Tokens that may be drawn; 0 is all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, least_open=True)] = 1.0
     """Probability that may be drawn from; 1 is all."""
-    guidance: float = 1.0
+    guidance: Annotated[float, Range()] = 1.0
     """Classifier-free guidance away from pictures of no class; 1 is none."""
-    images: int = 32
+    images: Count = 32
     """Pictures drawn for every window and start."""
-    compared: int = 192
+    compared: Count = 192
     """Pictures drawn ordinarily and by windows, for the comparison of distributions."""
-    sequences: int = 12000
+    sequences: Annotated[int, at_least(5000)] = 12000
     """Sequences of the chain for every chi-square test."""
-    prompts: int = 20
+    prompts: Count = 20
     """Prompts that are decoded greedily."""
-    timed: int = 3
+    timed: Count = 3
     """Pictures drawn one by one on the clock."""
 
     @classmethod
@@ -128,19 +128,9 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Tell what cannot be before anything is trained."""
-    for name in ("images", "compared", "prompts", "timed"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} is at least 1, got {getattr(config, name)}.")
+    """Refuse to compare nothing."""
     if not config.windows or not config.starts:
         raise UserError("--windows and --starts name at least one of each.")
-    if config.sequences < 5000:
-        raise UserError(f"--sequences must be at least 5000 for a chi-square test, got {config.sequences}.")
-    for window in (config.window, *config.windows):
-        SpeculativeJacobi(window, start=config.start)
-    if not math.isfinite(config.guidance):
-        raise UserError(f"--guidance is a finite number, got {config.guidance}.")
-    top_k_top_p(torch.zeros(1, 2), config.top_k, config.top_p, config.temperature)
 
 
 def run(config: Config, run: Run) -> None:

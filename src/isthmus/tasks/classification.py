@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus import saved
+from isthmus.bounds import Count, Natural, Range
 from isthmus.codec import create_timm
 from isthmus.data import Dataset, Repeated, example_batch, load
 from isthmus.data.inputs import Inputs
@@ -48,15 +49,15 @@ class ClassificationConfig:
 
     data: str = "digits"
     """Labelled images; any source will do."""
-    size: int = 32
+    size: Count = 32
     """Pixels a side of what the networks see."""
     training: Training = Training(epochs=20, batch_size=64, lr=4e-3, weight_decay=0.05, warmup_epochs=1)
     """Training of every network."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Changes of training images."""
-    smoothing: float = 0.0
+    smoothing: Annotated[float, Range(0, 1, most_open=True)] = 0.0
     """Label smoothing."""
-    test_images: int = 0
+    test_images: Natural = 0
     """Held-out images to measure on; 0 is all."""
     train_split: str = "train"
     """Part of the data to train on."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Range
 from isthmus.codec import UserError, create_timm
 from isthmus.data import Dataset, Memory, evaluation_batches, load
 from isthmus.data.inputs import Inputs
@@ -52,15 +53,15 @@ class ContinualConfig:
     """Fetch the timm model's published weights."""
     weights: str | None = None
     """File with weights of the timm model, under its names or published ones, in place of fetched ones."""
-    size: int | None = None
+    size: Count | None = None
     """Pixels a side; those of the images for pixels, else what the network was made for."""
-    reduction: int | None = None
+    reduction: Count | None = None
     """Level of the network that is read, in pixels a cell; the deepest without it."""
     pool: bool = True
     """Average all places of that level; else each is a token of its own."""
-    split: int = 2
+    split: Count = 2
     """Classes of a task."""
-    smoothing: float = 0.1
+    smoothing: Annotated[float, Range(0, 1, most_open=True)] = 0.1
     """Label smoothing of all learners."""
     train_split: str = "train"
     """Part of the data that streams by."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from isthmus import saved
+from isthmus.bounds import Count
 from isthmus.codec import Codec
 from isthmus.data import evaluation_batches
 from isthmus.data.factors import factors, load_with_factors
@@ -45,11 +46,11 @@ class LatentsConfig:
     """Pictures; any source that can be read more than once."""
     factors: tuple[str, ...] = ()
     """Columns that tell of causes; without them all columns of one number or word a picture."""
-    size: int = 16
+    size: Count = 16
     """Pixels a side."""
     training: Training = Training(steps=2500, batch_size=128, lr=1e-3, schedule="constant")
     """Training of every autoencoder."""
-    measured: int = 10000
+    measured: Count = 10000
     """Pictures that are scored, at most."""
     train_split: str = "all"
     """Part of the data to train on."""
