@@ -91,8 +91,6 @@ def test_takes_a_persons_own_network(tmp_path: Path) -> None:
         ({"checkpoint": "x.pth"}, "give --encoder"),
         ({"crop": 40}, "must lie below --view 30"),
         ({"crop": 29}, "two pixels more"),
-        ({"size": -1}, "0 or more"),
-        ({"score": "best"}, "--score is hash, mean, saliency"),
         ({"encoder": "vit_tiny_patch16_224"}, r"does not take pictures of 16×16 pixels .* give --size"),
     ],
 )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Positive, Share
 from isthmus.catalog import published
 from isthmus.codec import UserError
 from isthmus.data import Dataset, evaluation_batches
@@ -41,25 +42,25 @@ _KINDS = ("ConViT", "ViT")
 class Config(ClassificationConfig):
     """Settings of a run; the defaults take about two minutes on two cores."""
 
-    images: tuple[float, ...] = (100, 400)
+    images: tuple[Positive, ...] = (100, 400)
     """Training images of every comparison, ascending; up to 1 as a share of the source and of each of its classes."""
-    size: int = 8
+    size: Count = 8
     """Pixels a side of what the networks see."""
-    patch: int = 2
+    patch: Count = 2
     """Pixels a side of a patch."""
-    dim: int = 36
+    dim: Count = 36
     """Width of the tokens."""
-    heads: int = 9
+    heads: Count = 9
     """Heads; a square number."""
-    depth: int = 4
+    depth: Count = 4
     """Blocks."""
-    local: int = 3
+    local: Natural = 3
     """Blocks with gated positional attention, from the first; the twin has none."""
-    mlp_ratio: float = 2.0
+    mlp_ratio: Positive = 2.0
     """Hidden width of the MLPs over that of the tokens."""
-    locality_strength: float = 1.0
+    locality_strength: Positive = 1.0
     """How sharp the heads start; larger is sharper."""
-    drop_path: float = 0.0
+    drop_path: Share = 0.0
     """Stochastic depth."""
     training: Training = Training(
         steps=800, batch_size=50, lr=2e-3, weight_decay=0.05, warmup_steps=40, clip=1.0, evaluate_every=50
@@ -67,7 +68,7 @@ class Config(ClassificationConfig):
     """Training of every network; at every evaluation distances and gates are measured."""
     mean: tuple[float, ...] = (0.3, 0.3, 0.3)
     """Mean of the channels, for normalisation."""
-    std: tuple[float, ...] = (0.37, 0.37, 0.37)
+    std: tuple[Positive, ...] = (0.37, 0.37, 0.37)
     """Standard deviation of the channels."""
     eval_split: str = "val+test"
     """Part of the data to measure on."""

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, one_of
 from isthmus.codec import UserError, create_timm
 from isthmus.data import Dataset, Memory, evaluation_batches, load
 from isthmus.data.inputs import Inputs
@@ -57,23 +58,23 @@ class Config(ClassificationConfig):
     """A timm classifier; a small patch-wise network without it."""
     checkpoint: str = ""
     """Its trained weights; then nothing is trained."""
-    view: int = 96
+    view: Count = 96
     """Pixels a side of what the camera sees."""
-    crop: int = 48
+    crop: Count = 48
     """Pixels a side of the crop that is classified; with the default there are 49 positions an axis."""
-    wide_crop: int = 82
+    wide_crop: Count = 82
     """A larger crop to compare with (15 positions)."""
-    middle_crop: int = 66
+    middle_crop: Count = 66
     """A third size at which theory is checked (31 positions)."""
-    size: int = 0
+    size: Natural = 0
     """Resize crops to this side for the network; 0 leaves them."""
-    score: str = "hash"
+    score: Annotated[str, one_of(SCORES)] = "hash"
     """What chooses the crop: hash, mean or saliency."""
     diagonals: bool = False
     """Shift by one pixel in eight directions instead of four."""
     antialiased: bool = True
     """Train an anti-aliased twin of the small network too."""
-    images: int = 0
+    images: Natural = 0
     """Images to train on; 0 is all."""
     training: Training = Training(epochs=18, batch_size=50, lr=3e-3, weight_decay=0.01, warmup_epochs=1)
     """Training of the small network, or of the timm classifier where there is no checkpoint."""
@@ -102,14 +103,10 @@ def check(config: Config) -> None:
     if config.checkpoint and not config.encoder:
         raise UserError("a checkpoint needs the name of its network: give --encoder too.")
     for name in ("crop", "middle_crop", "wide_crop"):
-        if not 1 <= getattr(config, name) < config.view:
+        if getattr(config, name) >= config.view:
             raise UserError(
                 f"--{name.replace('_', '-')} must lie below --view {config.view}, got {getattr(config, name)}."
             )
-    if config.size < 0 or config.images < 0 or config.test_images < 0:
-        raise UserError("--size, --images and --test-images must be 0 or more.")
-    if config.score not in SCORES:
-        raise UserError(f"--score is {', '.join(SCORES)}; got {config.score!r}.")
     if config.view - 2 < config.crop:
         raise UserError(f"--view {config.view} leaves a crop of {config.crop} no room; it needs two pixels more.")
     if not config.checkpoint:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Share
 from isthmus.catalog import published
 from isthmus.codec import Loss, UserError, create_timm
 from isthmus.data import load
@@ -57,27 +58,27 @@ class Config(ClassificationConfig):
     """Any timm name, such as hornet_tiny_7x7 or hornet_small_gf; a small HorNet without it."""
     fields: str = "fields"
     """The noise fields of the comparison of orders."""
-    orders: tuple[int, ...] = (0, 1, 2, 3)
+    orders: tuple[Natural, ...] = (0, 1, 2, 3)
     """Orders to compare, 0 is the block without products; none leaves the comparison out."""
-    width: int = 64
+    width: Count = 64
     """Channels of the layers that are compared; it divides by 2^(order-1)."""
     comparison: Training = Training(
         steps=400, batch_size=16, optimizer="adam", lr=3e-3, final_lr_ratio=0.0, clip=5.0, evaluate_every=50
     )
     """Training of every layer that is compared."""
-    size: int = 8
+    size: Count = 8
     """Pixels a side of what the classifier sees."""
-    depths: tuple[int, ...] = (1, 1, 2, 1)
+    depths: tuple[Count, ...] = (1, 1, 2, 1)
     """Blocks of the four stages of the small HorNet."""
-    dims: tuple[int, ...] = (16, 32, 64, 128)
+    dims: tuple[Count, ...] = (16, 32, 64, 128)
     """Widths of its stages."""
-    stem_stride: int = 1
+    stem_stride: Count = 1
     """Pixels a side that one cell of its first stage covers; 4 is published."""
     global_filter: bool = False
     """Give it global filters in its last two stages, stored for images of this size."""
     layer_scale: float = 0.1
     """Weight of its blocks at the start; 1e-6 is published."""
-    drop_path: float = 0.0
+    drop_path: Share = 0.0
     """Stochastic depth of the classifier."""
     training: Training = Training(epochs=20, batch_size=64, lr=4e-3, weight_decay=0.05, warmup_epochs=1, clip=1.0)
     """Training of the classifier."""
@@ -115,10 +116,8 @@ class Config(ClassificationConfig):
 
 def check(config: Config) -> None:
     """Refuse orders and networks that cannot be built."""
-    if min(config.orders, default=0) < 0 or len(set(config.orders)) < len(config.orders):
+    if len(set(config.orders)) < len(config.orders):
         raise UserError(f"orders {config.orders}: different numbers from 0 on, where 0 is the block without products.")
-    if min(config.size, config.width) < 1:
-        raise UserError(f"size {config.size} and width {config.width}: at least 1 each.")
     orders = {f"order {order}": partial(layer, order, config.width) for order in config.orders}
     check_arms({**orders, "network": partial(_fits, config)})
 

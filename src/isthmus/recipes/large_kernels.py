@@ -35,12 +35,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from isthmus import saved
+from isthmus.bounds import Count, Natural, Share, at_least
 from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm, write_atomically
 from isthmus.data import evaluation_batches, load
@@ -77,27 +78,27 @@ class Config(ClassificationConfig):
     UniRepLKNets, replknet_13b is RepLKNet-31B with 13x13 kernels, and any name of timm will do."""
     weights: Literal["train", "pretrained", "random"] = "train"
     """Train the networks, or measure them as they are, with timm's published weights or with none."""
-    size: int = 32
+    size: Count = 32
     """Pixels a side of what the networks are trained on."""
-    widths: tuple[int, ...] = (16, 32, 48, 64)
+    widths: tuple[Count, ...] = (16, 32, 48, 64)
     """Channels of the stages of the small networks."""
     layer_scale: float = 0.1
     """Weight of every block of the small networks at the start."""
-    drop_path: float = 0.0
+    drop_path: Share = 0.0
     """Stochastic depth."""
     training: Training = Training(epochs=20, batch_size=64, lr=4e-3, weight_decay=0.05, warmup_epochs=1)
     """Training of every network."""
     field_data: str = "scenes:256?space=easy&count=8"
     """Pictures to measure the field on; they should be much larger than the field."""
-    field_size: int = 256
+    field_size: Annotated[int, at_least(32)] = 256
     """Pixels a side that they are resized to, whatever their shape."""
-    field_images: int = 8
+    field_images: Count = 8
     """How many of them."""
-    cue_images: int = 1800
+    cue_images: Natural = 1800
     """Training pictures whose shape and texture always agree, for the first two networks; 0 leaves that out."""
     cue_training: Training = Training(epochs=20, batch_size=64, lr=4e-3, weight_decay=0.05, warmup_epochs=1)
     """Training on them."""
-    test_images: int = 1000
+    test_images: Natural = 1000
     """Held-out images to measure on; 0 is all."""
     eval_split: str = "test"
     """Part of the data to measure on, the field included."""
@@ -128,19 +129,9 @@ class Config(ClassificationConfig):
 
 
 def check(config: Config) -> None:
-    """Refuse numbers out of range and networks that cannot be built."""
+    """Refuse networks that cannot be built."""
     if not config.networks or len(set(config.networks)) < len(config.networks):
         raise UserError(f"networks must be different names, at least one, got {config.networks}.")
-    if config.size < 1 or min(config.test_images, config.cue_images) < 0:
-        raise UserError(
-            f"size {config.size} is at least 1, test_images {config.test_images} and cue_images {config.cue_images} at "
-            "least 0."
-        )
-    if config.field_images < 1 or config.field_size < 32:
-        raise UserError(
-            f"field_images must be at least 1 and field_size at least 32, got {config.field_images} and "
-            f"{config.field_size}."
-        )
     untrained = replace(config, weights="random")
     check_arms({name: partial(make_network, untrained, name, 2) for name in config.networks})
 

@@ -23,13 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, above, at_most, below, one_of
 from isthmus.codec import UserError, create_timm
 from isthmus.compression import Compressed
 from isthmus.compression.filter_scores import Criterion, layers_of
@@ -66,44 +67,44 @@ class Config(ClassificationConfig):
     """Its trained weights; it is trained on the data without them."""
     pretrained: bool = False
     """Start training from timm's weights."""
-    keep: float = 0.5
+    keep: Annotated[float, above(0), below(1)] = 0.5
     """Share of the filters that stays in the end."""
-    step: float = 0.1
+    step: Annotated[float, above(0), at_most(1)] = 0.1
     """Share of the original filters that goes at a time."""
     criterion: str = "relevance"
     """What the kept network is pruned by: relevance, taylor, gradient, weight or random."""
     others: tuple[str, ...] = ("taylor", "gradient", "weight", "random")
     """Criteria to compare with at the same rates."""
-    composite: str = "zplus"
+    composite: Annotated[str, one_of(COMPOSITES)] = "zplus"
     """Rules of relevance: zplus, z, resnet, box, epsilon, alphabeta, alpha2beta1 or simple."""
-    floor: int = 1
+    floor: Natural = 1
     """Filters that every layer keeps."""
     equal: bool = False
     """Take the same share from every layer instead of one ranking."""
-    layers: str = "auto"
+    layers: Annotated[str, one_of(("auto", "conv", "linear", "all"))] = "auto"
     """Which layers are pruned: conv, linear, all, or auto: of the built-in network those inside its blocks, of yours
     convolutions where there are several, else linear layers."""
-    references: int = 10
+    references: Count = 10
     """Reference samples a class."""
     finetune: bool = False
     """Train after every step."""
-    size: int = 0
+    size: Natural = 0
     """Side of what the network sees; 0 is what it is made for, or the data's own where it is trained here."""
-    test_images: int = 500
+    test_images: Natural = 500
     """Images to measure on; 0 is all."""
     training: Training = Training(epochs=8, batch_size=64, optimizer="sgd", lr=0.1, weight_decay=5e-4)
     """Training of the network where there is no checkpoint."""
     finetuning: Training = Training(epochs=1, batch_size=64, optimizer="sgd", lr=0.01, weight_decay=5e-4)
     """Training after every step."""
-    width: int = 256
+    width: Count = 256
     """Units of a hidden layer of the networks of the plane."""
     last_activation: bool = False
     """An activation after their third hidden layer; the released ones have none there."""
-    plane_composite: str = "z"
+    plane_composite: Annotated[str, one_of(COMPOSITES)] = "z"
     """Rules of relevance there: z is the released form of z+, which takes weights above zero alone."""
-    shots: tuple[int, ...] = (1, 5, 20)
+    shots: tuple[Count, ...] = (1, 5, 20)
     """Reference samples a class in the plane."""
-    draws: int = 5
+    draws: Count = 5
     """Draws of them."""
     plane: Training = Training(steps=1000, batch_size=400, optimizer="momentum", lr=0.02, schedule="constant")
     """Training of the networks of the plane, on all points at once."""
@@ -145,17 +146,8 @@ def check(config: Config) -> None:
         raise UserError("--model prunes a network for pictures: give pictures with --data, such as folder:PATH.")
     if config.data.startswith("planar") and config.data != "planar":
         raise UserError(f"--data planar runs all three sets of the plane; leave out the rest of {config.data!r}.")
-    if not 0 < config.keep < 1 or not 0 < config.step <= 1:
-        raise UserError(f"--keep must lie between 0 and 1 and --step too, got {config.keep} and {config.step}.")
-    if config.references < 1 or config.draws < 1 or not config.shots or min(config.shots) < 1 or config.width < 1:
-        raise UserError("references, draws, shots and width must be 1 or more.")
-    if config.size < 0 or config.test_images < 0 or config.floor < 0:
-        raise UserError("--size, --test-images and --floor must be 0 or more.")
-    if config.layers not in ("auto", "conv", "linear", "all"):
-        raise UserError(f"--layers is auto, conv, linear or all, got {config.layers!r}.")
-    for name in (config.composite, config.plane_composite):
-        if name not in COMPOSITES:
-            raise UserError(f"there are no rules {name!r}; there are {', '.join(COMPOSITES)}.")
+    if not config.shots:
+        raise UserError("--shots names no number of references a class; give at least one.")
     for name in (config.criterion, *config.others):
         Criterion(name, composite=config.composite)  # type: ignore[arg-type]
 

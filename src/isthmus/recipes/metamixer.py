@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Positive, Share
 from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm
 from isthmus.encoders.backbone import made_for
@@ -52,35 +53,35 @@ class Config(ClassificationConfig):
     mixers: tuple[str, ...] = ("ffnified", "attention", "pooling", "depthwise", "identity")
     """Token mixers to compare; the network of the first is kept for use. There is also hybrid: attention in the last
     stage, FFNified attention before."""
-    size: int = 32
+    size: Count = 32
     """Pixels a side of what the networks see."""
-    depths: tuple[int, ...] = (1, 1, 2, 1)
+    depths: tuple[Count, ...] = (1, 1, 2, 1)
     """Blocks of every stage."""
-    dims: tuple[int, ...] = (24, 48, 64, 96)
+    dims: tuple[Count, ...] = (24, 48, 64, 96)
     """Width of every stage."""
-    heads: int = 4
+    heads: Count = 4
     """Heads of self-attention."""
-    mlp_ratio: float = 3.0
+    mlp_ratio: Positive = 3.0
     """Hidden width of the channel mixers over that of the stage."""
-    stem_stride: int = 2
+    stem_stride: Count = 2
     """Pixels a side that one cell of the first stage covers."""
-    drop_path: float = 0.0
+    drop_path: Share = 0.0
     """Stochastic depth of the last block."""
     training: Training = Training(epochs=12, batch_size=64, lr=2e-3, weight_decay=0.05, warmup_epochs=1, clip=1.0)
     """Training of every network."""
-    latency_size: int = 256
+    latency_size: Count = 256
     """Pixels a side of the image whose forward pass is timed."""
-    rounds: int = 3
+    rounds: Natural = 3
     """Timings of every network, of which the median counts; 0 leaves them out."""
     series: str = ""
     """Windows of series, such as series:ETTh1.csv or series, to forecast with MetaMixer as well; none without it."""
-    history: int = 96
+    history: Count = 96
     """Values of a series that are read."""
-    horizon: int = 96
+    horizon: Count = 96
     """Values of a series that are forecast."""
     forecasting: Training = Training(steps=300, batch_size=64, lr=2e-3, warmup_steps=20)
     """Training of the forecaster."""
-    test_images: int = 1000
+    test_images: Natural = 1000
     """Held-out images to measure on; 0 is all."""
 
     @classmethod
@@ -115,12 +116,7 @@ class Config(ClassificationConfig):
 
 
 def check(config: Config) -> None:
-    """Refuse numbers out of range and networks that cannot be built."""
-    if min(config.size, config.latency_size, config.heads) < 1 or min(config.rounds, config.test_images) < 0:
-        raise UserError(
-            f"size {config.size}, latency_size {config.latency_size} and heads {config.heads} are at least 1, rounds "
-            f"{config.rounds} and test_images {config.test_images} at least 0."
-        )
+    """Refuse networks that cannot be built."""
     if not config.encoder and not config.mixers:
         raise UserError("no mixer to compare; name one in mixers, or a network in encoder.")
     check_arms({name: partial(make, 2) for name, make in _makers(config).items()})

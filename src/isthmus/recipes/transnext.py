@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Share
 from isthmus.codec import UserError, create_timm
 from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.encoders.images.aggregated_attention import AggregatedAttention, Grid
@@ -59,21 +60,21 @@ class Config(ClassificationConfig):
     """Labelled images; scenes without a size of their own are drawn anew at every size, all others are resized."""
     encoder: str = ""
     """A published size, such as transnext_tiny; a small network of three stages without it."""
-    pooling: tuple[int, ...] = (4, 2, 1)
+    pooling: tuple[Count, ...] = (4, 2, 1)
     """Of the small network: cells of a map to one of its pooled view, stage by stage; 1 is plain attention."""
-    size: int = 32
+    size: Count = 32
     """Pixels a side in training."""
-    sizes: tuple[int, ...] = (48, 64, 96)
+    sizes: tuple[Count, ...] = (48, 64, 96)
     """Further sides at which the trained network is tried."""
-    images: int = 2000
+    images: Natural = 2000
     """Images to train on; 0 is all."""
-    test_images: int = 1000
+    test_images: Natural = 1000
     """Images to measure on; 0 is all."""
     parts: bool = True
     """Train the window-only and pooled-only networks too."""
     fixed_scale: bool = True
     """Train the network whose queries are scaled for the number of keys in training, too."""
-    drop_path: float = 0.0
+    drop_path: Share = 0.0
     """Probability of leaving out the last block; it grows linearly from 0."""
     training: Training = Training(epochs=12, batch_size=64, lr=2e-3, weight_decay=0.05, warmup_epochs=1, clip=1.0)
     """Training of every network."""
