@@ -191,6 +191,25 @@ def test_head_is_replaced_and_left_out(tiny: Tiny) -> None:
 
 
 @every
+def test_dropout_and_pooling_are_set_by_timms_keywords(tiny: Tiny) -> None:
+    pooling = {} if tiny.name == "rotnet_alexnet" or "convit" in tiny.name else {"global_pool": "avg"}
+    model, x = make(tiny, drop_rate=0.5, **pooling), image(tiny.sides[0])
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert torch.equal(model.forward_head(features), model.forward_head(features))
+        model.train()
+        assert not torch.equal(model.forward_head(features), model.forward_head(features))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "nin_cifar_tiny"])
+def test_a_map_comes_out_where_nothing_is_pooled(name: str) -> None:
+    model: Any = timm.create_model(name, num_classes=5).eval()
+    model.reset_classifier(0, "")
+    with torch.no_grad():
+        assert model(image(32)).shape == model.forward_features(image(32)).shape
+
+
+@every
 def test_other_channels_and_a_batch_of_one(tiny: Tiny) -> None:
     with torch.no_grad():
         assert make(tiny, in_chans=1)(image(tiny.sides[0], channels=1, batch=1)).shape == (1, 5)

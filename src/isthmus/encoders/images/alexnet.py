@@ -28,6 +28,7 @@ class AlexNet(NamedStages):
         num_classes: outputs, 4 rotations by default; 0 leaves the classifier out.
         in_chans: channels of the input.
         widths: channels of the five convolutions and of the two linear layers.
+        drop_rate: dropout before the classifier.
 
     Raises:
         ValueError: ``widths`` are not six numbers.
@@ -36,7 +37,11 @@ class AlexNet(NamedStages):
     GRID = 6  # cells a side of pool5 at 224 pixels; other input sizes are averaged to it
 
     def __init__(
-        self, num_classes: int = 4, in_chans: int = 3, widths: Sequence[int] = (64, 192, 384, 256, 256, 4096)
+        self,
+        num_classes: int = 4,
+        in_chans: int = 3,
+        widths: Sequence[int] = (64, 192, 384, 256, 256, 4096),
+        drop_rate: float = 0.0,
     ) -> None:
         if len(widths) != 6:
             raise ValueError(f"widths are five convolutions and the linear layers, six numbers; got {tuple(widths)}.")
@@ -66,7 +71,7 @@ class AlexNet(NamedStages):
             nn.BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
         )
-        super().__init__(stages, {"fc_block": fc_block}, info, w5, hidden, num_classes, in_chans)
+        super().__init__(stages, {"fc_block": fc_block}, info, w5, hidden, num_classes, in_chans, drop_rate)
 
 
 # ------------------------------------------------------------------------------------------- published checkpoints

@@ -114,6 +114,7 @@ class FFNet(Pyramid):
         num_classes: outputs of the classifier; 0 leaves it out.
         in_chans: channels of the image.
         drop_rate: dropout before the classifier.
+        global_pool: timm's name of the pooling.
 
     Raises:
         ValueError: layers, widths or stem that do not fit the body.
@@ -131,6 +132,7 @@ class FFNet(Pyramid):
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         convolutions = {"resnet": 1, "slim": 2, "narrow": 2}
         if body not in convolutions:
@@ -179,7 +181,7 @@ class FFNet(Pyramid):
         super().__init__(
             made,
             dims,
-            ClassifierHead(channels, num_classes, drop_rate=drop_rate),
+            ClassifierHead(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate),
             stem=nn.Sequential(first),
             reductions=[4 * 2**i * scale for i in range(4)],
             in_chans=in_chans,

@@ -35,6 +35,7 @@ class NetworkInNetwork(NamedStages):
         pool_conv3: average-pool after block 3 too, where there are more than three blocks (the published CIFAR
             experiments do not).
         global_pool: timm's name of the pooling before the classifier; ``""`` keeps the map.
+        drop_rate: dropout before the classifier.
 
     Raises:
         ValueError: no block, an empty block, or ``widths`` that do not fit block 1.
@@ -48,6 +49,7 @@ class NetworkInNetwork(NamedStages):
         widths: Sequence[int] = (192, 160, 96),
         pool_conv3: bool = False,
         global_pool: str = "avg",
+        drop_rate: float = 0.0,
     ) -> None:
         if not depths or min(depths) < 1 or len(widths) != depths[0]:
             raise ValueError(
@@ -69,13 +71,7 @@ class NetworkInNetwork(NamedStages):
             channels = block_widths[-1]
             info.append({"num_chs": channels, "reduction": reduction, "stage": f"conv{number}"})
         pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        super().__init__(stages, {"pool": pool}, info, channels, channels, num_classes, in_chans)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for ``num_classes`` (0: none), and another global pooling where one is given."""
-        if global_pool is not None:
-            self.head["pool"] = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        super().reset_classifier(num_classes)
+        super().__init__(stages, {"pool": pool}, info, channels, channels, num_classes, in_chans, drop_rate)
 
 
 def _block(channels: int, widths: Sequence[int], kernel_size: int) -> nn.Sequential:

@@ -56,12 +56,22 @@ class CifarResNet(NamedStages):
         in_chans: channels of the input.
         blocks: residual blocks a stage.
         width: channels of the first stage; they double twice.
+        global_pool: timm's name of the pooling before the classifier; ``""`` keeps the map.
+        drop_rate: dropout before the classifier.
 
     Raises:
         ValueError: no block, or no channel.
     """
 
-    def __init__(self, num_classes: int = 10, in_chans: int = 3, blocks: int = 3, width: int = 16) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        blocks: int = 3,
+        width: int = 16,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
         if blocks < 1 or width < 1:
             raise ValueError(f"blocks and width must be at least 1, got {blocks} and {width}.")
         stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
@@ -75,8 +85,8 @@ class CifarResNet(NamedStages):
                 channels = out
             stages[f"conv{number + 2}"] = stage
             info.append({"num_chs": out, "reduction": 2**number, "stage": f"conv{number + 2}"})
-        pool = SelectAdaptivePool2d(pool_type="avg", flatten=True)
-        super().__init__(stages, {"pool": pool}, info, channels, channels, num_classes, in_chans)
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        super().__init__(stages, {"pool": pool}, info, channels, channels, num_classes, in_chans, drop_rate)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)

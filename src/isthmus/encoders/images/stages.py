@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
 from isthmus.encoders.images.pyramid import check_images
@@ -27,6 +29,7 @@ class NamedStages(nn.Module):
         head_hidden_size: inputs of the classifier.
         num_classes: its outputs; 0 leaves it out.
         in_chans: channels of the input.
+        drop_rate: dropout before the classifier.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class NamedStages(nn.Module):
         head_hidden_size: int,
         num_classes: int,
         in_chans: int,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
@@ -47,6 +51,7 @@ class NamedStages(nn.Module):
         self.head_hidden_size = head_hidden_size
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
     @property
@@ -91,6 +96,8 @@ class NamedStages(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """That map to logits ``(B, num_classes)``, or to the classifier's input with ``pre_logits``."""
         for name, module in self.head.items():
+            if name == "classifier":
+                x = dropout(x, self.drop_rate, self.training)
             if not (pre_logits and name == "classifier"):
                 x = module(x)
         return x
@@ -142,8 +149,14 @@ class NamedStages(nn.Module):
         return self.head["classifier"]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for ``num_classes`` (0: none), on the device and in the dtype of the network."""
-        if global_pool is not None:
+        """A fresh classifier for ``num_classes`` (0: none), and another global pooling where one is given.
+
+        Raises:
+            ValueError: a pooling, for a network whose head has none that could be another.
+        """
+        if global_pool is not None and "pool" in self.head:
+            self.head["pool"] = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        elif global_pool is not None:
             raise ValueError(f"{type(self).__name__} has a fixed head; it takes no global_pool={global_pool!r}.")
         self.num_classes = num_classes
         like = next(self.parameters())
