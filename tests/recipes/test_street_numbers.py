@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-import isthmus
+from isthmus import saved
+from isthmus.bounds import check_fields
 from isthmus.codec import UserError
 from isthmus.data import load
 from isthmus.data.transforms.numbers import Digits
@@ -37,9 +38,9 @@ def test_measures_readers_and_their_confidence(trained: tuple[Path, dict[str, An
     assert metrics["gain_over_shallow"] == pytest.approx(metrics["accuracy"] - metrics["accuracy_shallow"])
     assert metrics["coverage_at_90"] >= metrics["coverage_at_98"]
     assert {"coverage", "examples"} <= {figure["name"] for figure in trained[1]["figures"]}
-    settings = isthmus.load(trained[0]).facts
-    assert settings["accuracy"] == 0.98
-    assert settings["threshold"] > 0
+    facts = saved.load(trained[0]).facts
+    assert facts["accuracy"] == 0.98
+    assert facts["threshold"] > 0
 
 
 def test_apply_reads_pictures_of_any_size(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -74,6 +75,10 @@ def test_takes_boxes_crops_and_a_timm_encoder(tmp_path: Path) -> None:
     with Run.quick(tmp_path, name="street-numbers", config=config) as run:
         street_numbers.run(config, run)
     assert "accuracy" in json.loads((run.dir / "report.json").read_text())["metrics"]
+    inputs = saved.load(run.dir).inputs
+    assert (inputs.size, inputs.stretched) == ((32, 32), (36, 36))
+    squeezed = inputs.transform()({"image": torch.rand(1, 3, 80, 40)}, torch.Generator())["image"]
+    assert squeezed.shape == (1, 3, 32, 32)
 
 
 def test_folders_named_by_numbers_do_as_labels(tmp_path: Path) -> None:
@@ -90,16 +95,26 @@ def test_folders_named_by_numbers_do_as_labels(tmp_path: Path) -> None:
 def test_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     Image.new("RGB", (20, 12)).save(tmp_path / "plain" / "a.png")
-    for config, message in (
-        (Config(accuracy=98), "accuracy must lie"),
-        (Config(resize=(64, 8)), "smaller than the window"),
-        (Config(images=-1), "--images"),
+    with pytest.raises(UserError, match="--accuracy is above 0 and at most 1"):
+        check_fields(Config(accuracy=98))
+    with pytest.raises(UserError, match="smaller than the window"):
+        street_numbers.check(Config(resize=(64, 8)))
+    with pytest.raises(UserError, match="deep"):
+        street_numbers.check(Config(strides=(2,)))
+    with (
+        Run.quick(tmp_path, name="street-numbers") as run,
+        pytest.raises(UserError, match="no labels, caption or label"),
     ):
-        with pytest.raises(UserError, match=message):
-            street_numbers.check(config)
-    config = Config(data=f"folder:{tmp_path / 'plain'}")
-    with Run.quick(tmp_path, name="street-numbers") as run, pytest.raises(UserError, match="no labels, caption or"):
+        street_numbers.run(Config(data=f"folder:{tmp_path / 'plain'}"), run)
+
+
+def test_training_ends_when_patience_does(tmp_path: Path) -> None:
+    training = Training(steps=40, batch_size=10, lr=1.0, patience=1, evaluate_every=2)
+    config = Config(**SMALL, shallow=False, eleven=False, training=training)
+    with Run.quick(tmp_path, name="street-numbers", config=config) as run:
         street_numbers.run(config, run)
+    record = json.loads((run.dir / "report.json").read_text())
+    assert len(record["curves"]["deep/evaluate/loss"]["x"]) < 20
 
 
 def test_the_published_boxes_of_svhn_are_left_top_width_height() -> None:

@@ -40,14 +40,20 @@ class Inputs:
     """Channels of an input."""
     rate: float | None = None
     """Samples a second, of sounds, signals and recordings."""
+    stretched: tuple[int, int] | None = None
+    """Rows and columns that whole pictures are brought to, whatever their shape, before the middle is cut out; without
+    it their shape stays."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         if self.size is not None:
             object.__setattr__(self, "size", tuple(int(side) for side in self.size))
-            if len(self.size) != 2 or min(self.size) < 1:
-                raise UserError(f"size {self.size}: rows and columns, at least 1 pixel each.")
+        if self.stretched is not None:
+            object.__setattr__(self, "stretched", tuple(int(side) for side in self.stretched))
+        for name, sides in (("size", self.size), ("stretched", self.stretched)):
+            if sides is not None and (len(sides) != 2 or min(sides) < 1):
+                raise UserError(f"{name} {sides}: rows and columns, at least 1 pixel each.")
         if self.kind not in get_args(Kind):
             raise UserError(f"an input is of kind {', '.join(get_args(Kind))}, not {self.kind!r}.")
         if not 0 < self.crop_pct <= 1:
@@ -95,6 +101,8 @@ class Inputs:
         """What a picture is resized to before its middle is cut out: a shorter side, or both where they differ."""
         if self.size is None:
             raise UserError("these inputs have no size of their own; give one.")
+        if self.stretched is not None:
+            return self.stretched
         sides = [round(side / self.crop_pct) for side in self.size]
         return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
 

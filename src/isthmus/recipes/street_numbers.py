@@ -19,12 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Range, one_of
 from isthmus.catalog import published
 from isthmus.codec import UserError
+from isthmus.data.builtin.street_numbers import NumberBox
+from isthmus.data.inputs import Inputs
+from isthmus.data.transforms import CenterCrop, Compose, Normalize, RandomCrop, Transform
+from isthmus.data.transforms.numbers import Digits, WholePicture
 from isthmus.decoders.digit_sequence import (
     AbsentDigits,
     DigitSequence,
@@ -39,9 +46,12 @@ from isthmus.decoders.digit_sequence import (
 from isthmus.encoders.backbone import Backbone, made_for
 from isthmus.encoders.images.maxout_cnn import MaxoutCNN
 from isthmus.engine import Run, Training
+from isthmus.engine.comparison import Comparison, Trained, check_arms, count_parameters
 from isthmus.engine.fit import fit
+from isthmus.metrics.coverage import coverage
 from isthmus.objectives.number_reading import NumberReading
 from isthmus.tasks import numbers
+from isthmus.tasks.numbers import Measured, OperatingPoint
 
 needs = numbers.NEEDS
 answer = numbers.answer
@@ -55,41 +65,41 @@ class Config:
     """Pictures of numbers."""
     encoder: str = ""
     """A timm name; small convnets without it."""
-    size: tuple[int, int] = (16, 32)
+    size: tuple[Count, Count] = (16, 32)
     """Height and width of what the network sees."""
-    resize: tuple[int, int] = (0, 0)
+    resize: tuple[Natural, Natural] = (0, 0)
     """Height and width that pictures are brought to before a window of ``size`` is cut out, at random in training."""
     boxes: bool = False
     """Cut pictures to 1.3 times the smallest box around their digits first, where the data have boxes."""
-    max_digits: int = 3
+    max_digits: Count = 3
     """Longest number that is read; longer ones are refused."""
-    widths: tuple[int, ...] = (24, 48, 64)
+    widths: tuple[Count, ...] = (24, 48, 64)
     """Units of the convolutions of the small network."""
-    strides: tuple[int, ...] = (2, 2, 0)
+    strides: tuple[Natural, ...] = (2, 2, 0)
     """Of their pools; 0 does not pool."""
-    kernel: int = 3
+    kernel: Count = 3
     """Side of their kernels."""
-    pieces: int = 1
+    pieces: Count = 1
     """Linear filters a maxout unit of the first layer; 1 is a ReLU."""
-    local: int = 0
+    local: Natural = 0
     """Units of a locally connected layer; 0 has none."""
-    dense: tuple[int, ...] = (160,)
+    dense: tuple[Count, ...] = (160,)
     """Widths of the dense layers."""
-    border: str = ""
+    border: Annotated[str, one_of(("", "valid", "zero"))] = ""
     """Subtract the mean around every place, with this border: valid or zero; empty subtracts nothing."""
     batch_norm: bool = True
     """In the convolutions of the small networks."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1, most_open=True)] = 0.0
     """On hidden layers."""
     shallow: bool = True
     """Train the network of one convolution too."""
     eleven: bool = True
     """Train the port with eleven classes and no length too."""
-    accuracy: float = 0.98
+    accuracy: Annotated[float, Range(0, 1, least_open=True)] = 0.98
     """Share of answers that has to be right."""
-    images: int = 0
+    images: Natural = 0
     """Images to train on; 0 is all."""
-    test_images: int = 0
+    test_images: Natural = 0
     """Images to measure on; 0 is all."""
     training: Training = Training(
         epochs=8, batch_size=100, optimizer="adam", lr=4e-3, warmup_epochs=2.4, warmup_from=0.04
@@ -125,58 +135,64 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Refuse what no run can do, before any of it is done."""
-    if not 0 < config.accuracy <= 1:
-        raise UserError(f"--accuracy must lie in (0, 1], got {config.accuracy}.")
-    if min(config.size) < 1 or min(config.resize) < 0:
-        raise UserError(f"--size {config.size} is at least 1 pixel a side, --resize {config.resize} at least 0.")
+    """Refuse windows that do not fit and readers that cannot be built."""
     if any(config.resize) and not all(a >= b for a, b in zip(config.resize, config.size, strict=True)):
         raise UserError(f"--resize {config.resize} is smaller than the window --size {config.size} cut out of it.")
-    if config.images < 0 or config.test_images < 0 or config.max_digits < 1:
-        raise UserError("--images and --test-images are at least 0, --max-digits at least 1.")
+    check_arms(_makers(config))
 
 
 def run(config: Config, run: Run) -> None:
     """Train the readers, compare them, choose the threshold, draw the curve."""
-    parts = {
-        split: numbers.dataset_of(config, split, count, run.seed)
-        for split, count in (("train", config.images), ("val", config.test_images), ("test", config.test_images))
-    }
+    counts = {"train": config.images, "val": config.test_images, "test": config.test_images}
+    parts = {split: numbers.dataset_of(run, config.data, split, count) for split, count in counts.items()}
     run.log(f"{config.data}: {len(parts['train'])} images to train on, {len(parts['test'])} held out.")
-    kinds = ["deep"] + (["shallow"] if config.shallow and not config.encoder else []) + ["eleven"] * config.eleven
-    readers: dict[str, NumberReading] = {}
-    for kind in kinds:
-        run.seed_everything("network")
-        objective = _objective(config, kind)
-        transform = numbers.transforms(config, parts["train"])[0]
-        result = fit(run, kind, objective, parts["train"], config.training, transform)
-        readers[kind] = cast(NumberReading, result.ema or result.objective)
-        run.metric(f"parameters_{kind}", sum(p.numel() for p in objective.parameters()), unit="parameters")
+    inputs = _inputs(config)
+    transforms = {split: _transform(config, inputs, dataset.classes) for split, dataset in parts.items()}
 
-    scores, length, digits = numbers.scores_of(run, config, readers["deep"], parts["test"])
-    joint, first = read(scores), read_length_first(scores)
-    correct = right(joint, length, digits)
-    accuracy = float(correct.float().mean())
-    reported = _reported(config)
-    run.metric("accuracy", accuracy, published=reported.get("accuracy"))
-    run.metric("length_accuracy", float((joint.length == length).float().mean()))
-    exists = digits >= 0
-    run.metric("digit_accuracy", float((scores.digits.argmax(-1) == digits)[exists].float().mean()))
-    run.metric("gain_of_joint_reading", accuracy - float(right(first, length, digits).float().mean()))
-    confidence = joint.log_prob.exp()
-    best = confidence.topk(len(confidence) // 2 or 1).indices
-    run.metric("confident_half_gain", float(correct[best].float().mean()) - accuracy)
-    for kind in kinds[1:]:
-        other, other_length, other_digits = numbers.scores_of(run, config, readers[kind], parts["test"])
-        found = float(right(readers[kind].read(other), other_length, other_digits).float().mean())
+    def validation_loss(reader: Any) -> Mapping[str, float]:
+        measured = numbers.measure(run, reader, parts["val"], transforms["val"])
+        return {"loss": float(reader.likelihood(measured.scores, measured.length, measured.digits).mean())}
+
+    def train(kind: str, reader: nn.Module) -> Trained:
+        cropped = _transform(config, inputs, parts["train"].classes, RandomCrop(config.size))
+        watched = None if config.training.patience is None else validation_loss
+        result = fit(run, kind, reader, parts["train"], config.training, cropped, evaluate=watched)
+        return Trained(result.objective if result.ema is None else result.ema)
+
+    arms = Comparison(run, _makers(config), train, lambda reader: {})
+    readers: dict[str, Any] = {kind: arm.model for kind, arm in arms.arms.items()}
+    measured = {
+        kind: numbers.measure(run, reader, parts["test"], transforms["test"]) for kind, reader in readers.items()
+    }
+    _compare(config, run, readers, measured)
+    validated = numbers.measure(run, readers["deep"], parts["val"], transforms["val"])
+    point = OperatingPoint.choose(validated, config.accuracy)
+    _rely(config, run, point, measured["deep"])
+    numbers.show(run, parts["test"], transforms["test"], measured["deep"], config.accuracy)
+    numbers.keep(run, readers["deep"], inputs, point)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def _compare(config: Config, run: Run, readers: Mapping[str, Any], measured: Mapping[str, Measured]) -> None:
+    """The deep reader's accuracy, by joint reading and length first, and how far the others stay behind."""
+    deep = measured["deep"]
+    joint = read(deep.scores)
+    accuracy, exists = deep.accuracy(joint), deep.digits >= 0
+    run.metric("accuracy", accuracy, published=_reported(config).get("accuracy"))
+    run.metric("length_accuracy", float((joint.length == deep.length).float().mean()))
+    run.metric("digit_accuracy", float((deep.scores.digits.argmax(-1) == deep.digits)[exists].float().mean()))
+    run.metric("gain_of_joint_reading", accuracy - deep.accuracy(read_length_first(deep.scores)))
+    most_confident = joint.log_prob.exp().topk(len(joint.log_prob) // 2 or 1).indices
+    run.metric("confident_half_gain", float(deep.correct(joint)[most_confident].float().mean()) - accuracy)
+    for kind in [kind for kind in readers if kind != "deep"]:
+        found = measured[kind].accuracy(readers[kind].read(measured[kind].scores))
         run.metric(f"accuracy_{kind}", found)
         run.metric(f"gain_over_{kind}", accuracy - found)
-        if kind == "shallow":
-            sizes = [sum(p.numel() for p in readers[k].parameters()) for k in ("deep", "shallow")]
-            run.metric("parameters_over_shallow", sizes[0] / sizes[1])
-    settings = numbers.operating_point(run, config, readers["deep"], parts["val"], confidence, correct, reported)
-    numbers.draw(run, config, parts["test"], joint, length, digits, confidence, correct)
-    numbers.keep(run, config, readers["deep"], settings)
+    if "shallow" in readers:
+        sizes = [count_parameters(readers[kind]) for kind in ("deep", "shallow")]
+        run.metric("parameters_over_shallow", sizes[0] / sizes[1])
 
 
 def _reported(config: Config) -> Mapping[str, str]:
@@ -184,26 +200,44 @@ def _reported(config: Config) -> Mapping[str, str]:
     return published("street-numbers") if config.size == (54, 54) else {}
 
 
+def _rely(config: Config, run: Run, point: OperatingPoint, measured: Measured) -> None:
+    """Coverage on the test images, and what the threshold of the validation images does there."""
+    reading, reported = read(measured.scores), _reported(config)
+    confidence, correct = reading.log_prob.exp(), measured.correct(reading)
+    for asked in sorted({0.9, 0.95, config.accuracy}):
+        metric = f"coverage_at_{100 * asked:g}"
+        run.metric(metric, coverage(confidence, correct, asked).coverage, published=reported.get(metric))
+    relied_on = confidence >= point.threshold
+    run.metric("covered_by_threshold", float(relied_on.float().mean()))
+    if bool(relied_on.any()):
+        run.metric("accuracy_of_covered", float(correct[relied_on].float().mean()))
+    run.metric("calibration_error", numbers.calibration_error(confidence.double(), correct))
+    calibrated = point.calibrated(confidence)
+    run.metric("calibration_error_calibrated", numbers.calibration_error(calibrated, correct))
+
+
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
-def _objective(config: Config, kind: str) -> NumberReading:
+def _makers(config: Config) -> dict[str, Callable[[], NumberReading]]:
+    """The readers that were asked for."""
+    kinds = ["deep"] + (["shallow"] if config.shallow and not config.encoder else []) + ["eleven"] * config.eleven
+    return {kind: partial(_reader, config, kind) for kind in kinds}
+
+
+def _reader(config: Config, kind: str) -> NumberReading:
     """``deep``, ``shallow``, or ``eleven``: deep with eleven classes and no length."""
     encoder = _encoder(config, kind == "shallow")
     channels = encoder.feature_info[-1].channels
     grid = 4 if config.encoder else 1
     hidden = config.dense if config.encoder else ()
     decoder: nn.Module = DigitSequence(channels, config.max_digits, grid=grid, hidden=hidden, dropout=config.dropout)
-
-    def aims(labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return targets(labels, config.max_digits)
-
     likelihood: Callable[..., Tensor] = negative_log_likelihood
     reading: Callable[[NumberScores], Reading] = read
     if kind == "eleven":
         decoder = AbsentDigits(decoder)
         likelihood, reading = AbsentDigits.loss, AbsentDigits.read
-    return NumberReading(encoder, decoder, aims, likelihood, reading, right)
+    return NumberReading(encoder, decoder, partial(targets, max_digits=config.max_digits), likelihood, reading, right)
 
 
 def _encoder(config: Config, shallow: bool) -> Any:
@@ -215,3 +249,23 @@ def _encoder(config: Config, shallow: bool) -> Any:
     if shallow:
         return MaxoutCNN(config.size, config.widths[:1], strides=config.strides[:1], **{**options, "local": 0})
     return MaxoutCNN(config.size, config.widths, strides=config.strides, **options)
+
+
+def _inputs(config: Config) -> Inputs:
+    """What readers are fed: pictures as they are for the small networks, normalised as a timm encoder is used to."""
+    before = config.resize if config.resize[0] else config.size
+    shape: dict[str, Any] = {"crop_pct": 1.0, "interpolation": "bicubic", "stretched": before}
+    if not config.encoder:
+        return Inputs(size=config.size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **shape)
+    with torch.device("meta"):
+        return Inputs.of(_encoder(config, False).model, config.size, **shape)
+
+
+def _transform(
+    config: Config, inputs: Inputs, classes: Sequence[str] | None, crop: Transform | None = None
+) -> Transform:
+    """The number's box, the size, the digits as numbers, and the window, which is the middle without a crop."""
+    assert inputs.stretched is not None
+    box = NumberBox(inputs.stretched) if config.boxes else WholePicture(inputs.stretched)
+    steps = [box, Normalize(inputs.mean, inputs.std), Digits(classes)]
+    return Compose([*steps, CenterCrop(config.size) if crop is None else crop])

@@ -1,11 +1,8 @@
-"""Reading numbers: data with digits, whole numbers right, how far a reading can be relied on, and use of a reader.
-
-A recipe's config has ``data, encoder, size, resize, boxes, max_digits, accuracy``.
-"""
+"""Reading numbers on pictures: scores of a source, the confidence from which a reading is relied on, and its use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,177 +10,165 @@ import torch
 from torch import Tensor
 
 from isthmus import saved
-from isthmus.codec import Codec, UserError, create_timm
-from isthmus.data import Dataset, evaluation_batches, example_batch, load, subset
-from isthmus.data.builtin.street_numbers import NumberBox
+from isthmus.codec import Codec, UserError
+from isthmus.data import Dataset, evaluation_batches, example_batch, load
 from isthmus.data.inputs import Inputs
 from isthmus.data.splits import spaced
-from isthmus.data.transforms import CenterCrop, Compose, Normalize, RandomCrop, Transform
-from isthmus.data.transforms.numbers import Digits, WholePicture
-from isthmus.decoders.digit_sequence import (
-    NumberScores,
-    Reading,
-    read,
-    right,
-    targets,
-)
+from isthmus.data.subsets import subset
+from isthmus.data.transforms import Transform
+from isthmus.decoders.digit_sequence import NumberScores, Reading, read, right
 from isthmus.engine import Run
+from isthmus.engine.evaluate import FEW
 from isthmus.metrics.coverage import coverage, coverage_curve
 from isthmus.objectives.number_reading import NumberReading
 from isthmus.report import figures
 from isthmus.saved import Saved
 from isthmus.tasks.applying import Answer, Item, annotated
 
-#: Columns that a reader learns from: digits, numbers as words, or classes that are numbers.
+#: Columns that readers learn from, one of the three that say numbers.
 NEEDS = ("image", "labels?", "caption?", "label?", "boxes?")
+_BATCH = 250
+#: No confidence reaches it: the threshold where no reading is confident enough, as a number that JSON knows.
+_NEVER = 2.0
 
 
-def dataset_of(config: Any, split: str, count: int, seed: int) -> Dataset:
-    """A part of the data, or some of it.
+def dataset_of(run: Run, data: str, split: str, number: int) -> Dataset:
+    """So many pictures of numbers of a shuffled source; 0 is all of them.
 
     Raises:
-        UserError: it says of no picture what number is on it.
+        UserError: the source does not say what number is on a picture.
     """
-    dataset = load(config.data, split, NEEDS, seed)
+    dataset = load(data, split, NEEDS, run.seed)
     if not {"labels", "caption", "label"} & set(dataset.columns):
         raise UserError(
-            f"{config.data} says of no picture what number is on it; it has no labels, caption or label. Numbers "
+            f"{data} says of no picture what number is on it; it has no labels, caption or label. Numbers "
             "in the names of files are taken by folder:PATH?number=name; docs/data.md shows all ways."
         )
-    return subset(dataset, count, 0) if count and count < len(dataset) else dataset
+    return subset(dataset, number, 0) if 0 < number < len(dataset) else dataset
 
 
-def inputs_of(config: Any) -> Inputs:
-    """An encoder's own mean and deviation; the small networks see pictures in [0, 1]."""
-    if not config.encoder:
-        return Inputs(size=config.size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    with torch.device("meta"):
-        return Inputs.of(create_timm(config.encoder), config.size, crop_pct=1.0)
+@dataclass
+class Measured:
+    """What a reader makes of a source, on the CPU.
 
+    Attributes:
+        scores: logits of every picture.
+        length: true lengths, int64 ``(N,)``.
+        digits: true digits, int64 ``(N, max_digits)``, -1 behind the end.
+    """
 
-def transforms(config: Any, dataset: Dataset | None) -> tuple[Transform, Transform]:
-    """For training and for measuring: the number's box, the size, the digits as numbers."""
-    before = config.resize if config.resize[0] else config.size
-    steps: list[Transform] = [NumberBox(before)] if config.boxes else [WholePicture(before)]
-    if config.encoder:
-        inputs = inputs_of(config)
-        steps.append(Normalize(inputs.mean, inputs.std))
-    steps.append(Digits(None if dataset is None else dataset.classes))
-    return Compose([*steps, RandomCrop(config.size)]), Compose([*steps, CenterCrop(config.size)])
+    scores: NumberScores
+    length: Tensor
+    digits: Tensor
+
+    def correct(self, reading: Reading) -> Tensor:
+        """Which numbers are right in every digit, bool ``(N,)``."""
+        return right(reading, self.length, self.digits)
+
+    def accuracy(self, reading: Reading) -> float:
+        """Share of numbers that are right in every digit."""
+        return float(self.correct(reading).float().mean())
 
 
 @torch.no_grad()
-def scores_of(run: Run, config: Any, reader: NumberReading, dataset: Dataset) -> tuple[NumberScores, Tensor, Tensor]:
-    """Logits, lengths and digits of a whole source, on the CPU."""
+def measure(run: Run, reader: NumberReading, dataset: Dataset, transform: Transform) -> Measured:
+    """Score all pictures of a source; a few in a try-out."""
+    run.uses(dataset)
     reader.to(run.fabric.device).eval()
     rows: list[tuple[Tensor, ...]] = []
-    for batch in evaluation_batches(dataset, 250, transform=transforms(config, dataset)[1]):
-        scores = reader.decoder(reader.encoder(run.fabric.to_device(batch["image"])))
-        rows.append((scores.length.cpu(), scores.digits.cpu(), *targets(batch["labels"], config.max_digits)))
+    for batch in evaluation_batches(dataset.first(FEW) if run.few else dataset, _BATCH, transform=transform):
+        with run.fabric.autocast():
+            scores = reader.decoder(reader.encoder(run.fabric.to_device(batch["image"])))
+        rows.append((scores.length.float().cpu(), scores.digits.float().cpu(), *reader.targets(batch["labels"])))
     length_scores, digit_scores, length, digits = (torch.cat(column) for column in zip(*rows, strict=True))
-    return NumberScores(length_scores, digit_scores), length, digits
+    return Measured(NumberScores(length_scores, digit_scores), length, digits)
 
 
-def operating_point(
-    run: Run,
-    config: Any,
-    reader: NumberReading,
-    val: Dataset,
-    confidence: Tensor,
-    correct: Tensor,
-    reported: Mapping[str, str],
-) -> dict[str, Any]:
-    """Coverage on the test images; the threshold and the calibration from the validation images."""
-    from sklearn.isotonic import IsotonicRegression
+@dataclass
+class OperatingPoint:
+    """From which confidence on a reader is relied on, chosen on pictures that it was not trained on.
 
-    for asked in sorted({0.9, 0.95, config.accuracy}):
-        found = coverage(confidence, correct, asked)
-        metric = f"coverage_at_{100 * asked:g}"
-        run.metric(metric, found.coverage, published=reported.get(metric))
-    scores, length, digits = scores_of(run, config, reader, val)
-    reading = read(scores)
-    val_confidence, val_correct = reading.log_prob.exp(), right(reading, length, digits)
-    chosen = coverage(val_confidence, val_correct, config.accuracy)
-    kept = confidence >= chosen.threshold
-    run.metric("covered_by_threshold", float(kept.float().mean()))
-    if bool(kept.any()):
-        run.metric("accuracy_of_covered", float(correct[kept].float().mean()))
-    curve = IsotonicRegression(out_of_bounds="clip", y_min=0, y_max=1)
-    curve.fit(val_confidence.double().numpy(), val_correct.double().numpy())
-    knots = [curve.X_thresholds_.tolist(), curve.y_thresholds_.tolist()]
-    calibrated = torch.from_numpy(np.interp(confidence.double().numpy(), *knots))
-    for name, value in (("", confidence.double()), ("_calibrated", calibrated)):
-        run.metric(f"calibration_error{name}", _calibration_error(value, correct))
-    # Written as a number that JSON knows; no confidence reaches 2.
-    threshold = chosen.threshold if chosen.coverage else 2.0
-    return {"accuracy": config.accuracy, "threshold": threshold, "calibration": knots}
+    Attributes:
+        accuracy: share of readings that has to be right.
+        threshold: lowest confidence that reaches it, above 1 where none does.
+        calibration: confidences, and the share that is right at each; between them it is interpolated.
+    """
+
+    accuracy: float
+    threshold: float
+    calibration: tuple[list[float], list[float]]
+
+    @classmethod
+    def choose(cls, measured: Measured, accuracy: float) -> OperatingPoint:
+        """The threshold by coverage, the calibration by isotonic regression."""
+        from sklearn.isotonic import IsotonicRegression
+
+        reading = read(measured.scores)
+        confidence, correct = reading.log_prob.exp(), measured.correct(reading)
+        chosen = coverage(confidence, correct, accuracy)
+        curve = IsotonicRegression(out_of_bounds="clip", y_min=0, y_max=1)
+        curve.fit(confidence.double().numpy(), correct.double().numpy())
+        knots = curve.X_thresholds_.tolist(), curve.y_thresholds_.tolist()
+        return cls(accuracy, chosen.threshold if chosen.coverage else _NEVER, knots)
+
+    def calibrated(self, confidence: Tensor) -> Tensor:
+        """How often readings of such confidence are right, float64."""
+        return torch.from_numpy(np.atleast_1d(np.interp(confidence.double().numpy(), *self.calibration)))
 
 
-def _calibration_error(confidence: Tensor, correct: Tensor, bins: int = 10) -> float:
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 10) -> float:
     """The expected calibration error: |mean confidence - accuracy| over equal bins, weighted by their samples."""
     from torchmetrics.functional.classification import binary_calibration_error
 
     return float(binary_calibration_error(confidence.clamp(0, 1), correct.long(), n_bins=bins))
 
 
-def draw(
-    run: Run,
-    config: Any,
-    dataset: Dataset,
-    reading: Reading,
-    length: Tensor,
-    digits: Tensor,
-    confidence: Tensor,
-    correct: Tensor,
-) -> None:
+def show(run: Run, dataset: Dataset, transform: Transform, measured: Measured, accuracy: float) -> None:
+    """The curve of coverage, and held-out pictures with what is read and how sure that is."""
+    reading = read(measured.scores)
+    confidence, correct, texts = reading.log_prob.exp(), measured.correct(reading), reading.strings()
     share, reached, _ = coverage_curve(confidence, correct)
-    curve = {"right": list(zip(share.tolist(), reached.tolist(), strict=True))}
-    figure = figures.lines(curve, "share of images answered, most confident first", "share of answers that are right")
-    figure.axes[0].axhline(config.accuracy, color="tab:gray", linestyle="--", linewidth=1)
-    run.figure("coverage", figure, f"Coverage on held-out images; the line is at {config.accuracy:.0%}.")
-    plain = transforms(config, dataset)[1]
-    chosen = spaced(len(dataset), 24)
+    points = list(zip(share.tolist(), reached.tolist(), strict=True))
+    axes = "share of images answered, most confident first", "share of answers that are right"
+    drawn = figures.lines({"reader": points}, *axes, across={f"{accuracy:.0%}": accuracy})
+    run.figure("coverage", drawn, f"Coverage on held-out images; the line is at {accuracy:.0%}.")
     if len(correct) == len(dataset):
-        batch = example_batch(dataset, chosen, plain)
-    else:  # some could not be read, which moves the others' places
-        batch = next(evaluation_batches(dataset, 24, transform=plain))
+        chosen = spaced(len(dataset), 24)
+        batch = example_batch(dataset, chosen, transform)
+    else:  # a try-out, or some could not be read, which moves the others' places
+        batch = next(evaluation_batches(dataset, min(24, len(correct)), transform=transform))
         chosen = np.arange(len(batch["image"]))
-    numbers = reading.strings()
-    captions = [f"{numbers[i] if numbers[i] is not None else '?'} ({float(confidence[i]):.2f})" for i in chosen]
+    captions = [f"{texts[i] if texts[i] is not None else '?'} ({float(confidence[i]):.2f})" for i in chosen]
     pictures = figures.captioned(batch["image"], captions, [bool(correct[i]) for i in chosen], columns=8)
     run.figure("examples", pictures, "Held-out images, what is read and how sure that is; red is wrong.")
 
 
-def keep(run: Run, config: Any, reader: NumberReading, settings: Mapping[str, Any]) -> None:
-    """The reader with what it is fed, its threshold and its calibration."""
+def keep(run: Run, reader: NumberReading, inputs: Inputs, point: OperatingPoint) -> None:
+    """Save a reader with its operating point: ``isthmus.load(run)``, ``isthmus apply``."""
     folder = run.dir / saved.KEPT / "reader"
-    codec = Codec(reader.encoder, decoder=reader.decoder)
-    resize = config.resize if config.resize[0] else config.size
     if run.is_first:
-        saved.save(folder, codec, inputs_of(config), facts={**settings, "resize": list(resize)})
+        saved.save(folder, Codec(reader.encoder, decoder=reader.decoder), inputs, facts=vars(point))
     run.artifact("reader", folder, "the trained reader; `isthmus apply` reads pictures with it")
 
 
 def answer(kept: Saved, item: Item) -> Answer:
-    """The number on a picture, cut roughly to it: ``None`` where it has too many digits.
+    """The number on a picture as text (``null`` where it has too many digits), and how sure that is.
 
-    Beside it its probability, that probability calibrated on images that were not trained on, and whether it is
-    confident enough to be relied on as often as the run was asked for (98 % by default).
+    ``probability`` is the reader's own, ``calibrated`` how often it is right where it is as sure as that, and
+    ``confident`` says whether that is often enough.
     """
-    facts, inputs = kept.facts, kept.inputs
-    assert inputs.size is not None
-    steps = [WholePicture(tuple(facts["resize"])), Normalize(inputs.mean, inputs.std), CenterCrop(inputs.size)]
-    batch = Compose(steps)({"image": item.image[None].float() / 255}, torch.Generator())
+    point = OperatingPoint(**kept.facts)
     with torch.no_grad():
-        prediction = kept.model(batch["image"].to(item.device)).prediction
-    reading = read(NumberScores(*(scores.cpu() for scores in prediction)))
-    confidence, number = float(reading.log_prob.exp()), reading.strings()[0]
-    found = {
-        "number": number,
-        "probability": round(confidence, 4),
-        "calibrated": round(float(np.interp(confidence, *facts["calibration"])), 4),
-        "confident": number is not None and confidence >= facts["threshold"],
-        "accuracy_asked_for": facts["accuracy"],
-        "threshold": facts["threshold"],
+        scores: Any = kept.model(item.input).prediction
+    reading = read(NumberScores(*(each.float().cpu() for each in scores)))
+    (text,) = reading.strings()
+    confidence = reading.log_prob.exp()
+    facts = {
+        "number": text,
+        "probability": round(float(confidence), 4),
+        "calibrated": round(float(point.calibrated(confidence)), 4),
+        "confident": text is not None and float(confidence) >= point.threshold,
+        "threshold": point.threshold,
+        "accuracy_asked_for": point.accuracy,
     }
-    return Answer(found, annotated(item.image, f"{'?' if number is None else number} ({confidence:.0%})"))
+    return Answer(facts, annotated(item.image, f"{'?' if text is None else text} ({float(confidence):.0%})"))
