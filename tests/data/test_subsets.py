@@ -112,3 +112,23 @@ def test_subsets_of_seeds_do_not_overlap_and_repeat_where_a_batch_needs_more() -
     for number in (0, 2000):
         with pytest.raises(UserError, match="1257 training images"):
             subset(source, number, 0)
+
+
+def test_shares_of_a_source_have_their_share_of_every_class() -> None:
+    source = load("digits", "train", ("image", "label"))
+    labels = load("digits", "train", ("label",)).labels
+    assert np.array_equal(labels, source.fetch(np.arange(len(source)))["label"].numpy())
+    counts = np.bincount(labels)
+    for share, seed in ((0.05, 0), (0.1, 3), (0.1, 9), (0.5, 1)):
+        chosen = subset(source, share, seed, labels=labels)
+        taken = chosen.fetch(np.arange(len(chosen)))
+        assert len(chosen) == round(share * len(source)) == len(set(taken["index"].tolist()))
+        assert np.abs(np.bincount(taken["label"].numpy(), minlength=10) - share * counts).max() <= 1.5
+    few, more = (subset(source, share, 0, labels=labels) for share in (0.05, 0.1))
+    assert {int(s["index"]) for s in few.samples(range(len(few)))} < {
+        int(s["index"]) for s in more.samples(range(len(more)))
+    }
+    uneven = np.concatenate([np.full(500, 7), np.zeros(757, int)])
+    for seed in range(4):
+        taken = [uneven[subset(source, 0.01, seed, labels=uneven).number(i)] for i in range(13)]
+        assert taken.count(7) in (5, 6), "500 of 1257 images, so 5.2 of 13"

@@ -18,7 +18,7 @@ from isthmus.data.readers.decoding import IMAGE_SUFFIXES, decode_image
 from isthmus.data.readers.headers import read_file as content
 from isthmus.data.readers.sounds import SOUND_SUFFIXES, at_least, decode_sound
 from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize
-from isthmus.recipes._image_classification import IMAGENET
+from isthmus.data.transforms.augmentation import IMAGENET
 
 #: Task → the files that ``apply`` takes for it.
 SUFFIXES = {

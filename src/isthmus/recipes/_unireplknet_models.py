@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.codec import Loss, UserError, create_timm
+from isthmus.data.transforms.augmentation import IMAGENET
 from isthmus.encoders.images.as_image import AudioImage, PointImage, SeriesImage, VideoImage
 from isthmus.encoders.images.unireplknet import UniRepLKNet
 from isthmus.objectives.classification import Classification
-from isthmus.recipes._image_classification import IMAGENET
 from isthmus.recipes._unireplknet_tasks import COLUMNS
 
 

@@ -33,13 +33,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from isthmus.codec import UserError, load_weights, save_weights, write_atomically
-from isthmus.data import Dataset, Memory, evaluation_batches, load
+from isthmus.data import Dataset, Memory, class_names, evaluation_batches, load
 from isthmus.data.dataset import Unreadable
+from isthmus.data.inputs import Inputs
 from isthmus.data.readers.local import local
 from isthmus.data.readers.sounds import Sounds
+from isthmus.data.transforms import Transform
+from isthmus.data.transforms.augmentation import Augmentation, training_transform
 from isthmus.engine import Run, Training, read_config
 from isthmus.engine.fit import fit
-from isthmus.recipes import _image_classification as shared
 from isthmus.recipes._unireplknet_files import SUFFIXES, read_file
 from isthmus.recipes._unireplknet_models import make_model, make_objective
 from isthmus.recipes._unireplknet_pictures import draw_answer, draw_forecast, draw_inputs
@@ -183,7 +185,7 @@ def run(config: Config, run: Run) -> None:
             model = make_model(config, name, _shape(train, name), len(classes), kernel)
             task = getattr(config, name)
             objective = make_objective(config, name, model)
-            transforms = (None, None) if name != "image" else shared.transforms(task.size, len(classes))
+            transforms = (None, None) if name != "image" else _transforms(task.size, len(classes))
             result: Any = fit(run, f"{name}_{size}", objective, train, task.training, transforms[0])
             model = result.objective.model.eval()
             found[name][size] = _measured(run, config, name, model, held_out, transforms[1])
@@ -200,6 +202,13 @@ def run(config: Config, run: Run) -> None:
     _compare(run, found, sources, kernels)
     run.metric("merge_gap", max(gaps))
     run.figure("inputs", draw_inputs(seen), "A held-out sample of every task as the network sees it.")
+
+
+def _transforms(size: int, num_classes: int) -> tuple[Transform, Transform]:
+    """Of pictures: for training and for measuring."""
+    inputs = Inputs(size=(size, size))
+    train = training_transform((size, size), size, num_classes, Augmentation(), inputs.mean, inputs.std)
+    return train, inputs.transform()
 
 
 def apply(run_dir: Path, inputs: list[Path], out: Path) -> list[Path]:
@@ -312,7 +321,7 @@ def _classes(name: str, train: Any, held_out: Dataset) -> list[str]:
     """Names of the classes, or of the series whose future is told."""
     if name == "forecast":
         return list(train.channels)
-    return shared.class_names(train, held_out)
+    return class_names(train, held_out)
 
 
 def _input(name: str, batch: Mapping[str, Any], config: Config) -> Tensor:
@@ -410,7 +419,7 @@ def _compare(run: Run, found: Mapping[str, Mapping[str, float]], sources: Any, k
     for name, values in found.items():
         if name == "forecast":
             continue
-        chance = 1 / len(shared.class_names(*sources[name]))
+        chance = 1 / len(class_names(*sources[name]))
         shares[name] = (values["large"] - chance) / (1 - chance)
         run.metric(f"share_above_chance_{name}", shares[name])
         bars[name] = values["large"]
