@@ -40,6 +40,7 @@ _PARTS = {
     "isthmus.encoders.images.inceptionnext": ("InceptionNeXtMixers",),
     "isthmus.encoders.images.maxout_cnn": ("MaxoutCNN",),
     "isthmus.encoders.images.patch_net": ("PatchNet",),
+    "isthmus.encoders.images.perception": ("MapForecaster", "Perception", "SeriesRows", "VideoFrames"),
     "isthmus.encoders.images.pixels": ("Pixels",),
     "isthmus.encoders.images.qlae": ("DenseEncoder", "QLAEEncoder"),
     "isthmus.encoders.images.small_cnns": ("PooledCNN", "SmoothAutoencoder", "UpscalingCNN"),

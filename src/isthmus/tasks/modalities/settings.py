@@ -1,4 +1,4 @@
-"""The six tasks of UniRepLKNet's recipe as settings: data, training, and the picture that a sample becomes."""
+"""Tasks of several modalities as settings: data, training, and the picture that a sample becomes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AudioTask(Task):
     frames: int = 128
     """Moments: the width."""
     window: float = 0.025
-    """Seconds that one moment listens to."""
+    """Seconds that one moment covers."""
     hop: float = 0.0078
     """Seconds from one moment to the next."""
     mean: float = -3.8
@@ -91,7 +91,7 @@ class ForecastTask(Task):
     length: int = 96
     """Time steps seen."""
     horizon: int = 24
-    """Time steps foretold."""
+    """Time steps forecast."""
     windows: tuple[int, ...] = (800, 400)
     """Windows to train and to measure on, at equal distances; 0 is every one."""
 

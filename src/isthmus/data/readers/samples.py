@@ -1,4 +1,4 @@
-"""A user's files as samples of the tasks of UniRepLKNet's recipe: pictures, sounds, arrays, tables."""
+"""A person's files as samples of tasks of several modalities: pictures, sounds, arrays, tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from isthmus.data.readers.sounds import SOUND_SUFFIXES, at_least, decode_sound
 from isthmus.data.transforms import CenterCrop, Compose, Normalize, Resize
 from isthmus.data.transforms.augmentation import IMAGENET
 
-#: Task → the files that ``apply`` takes for it.
+#: Task → the files that are read for it.
 SUFFIXES = {
     "image": IMAGE_SUFFIXES,
     "audio": SOUND_SUFFIXES,
@@ -33,6 +33,12 @@ SUFFIXES = {
 
 def read_file(name: str, task: Any, shape: Sequence[int], path: Path) -> Tensor:
     """A file as a batch of one for the task.
+
+    Args:
+        name: of the task.
+        task: its settings, see :mod:`isthmus.tasks.modalities.settings`.
+        shape: of the samples that were trained on.
+        path: the file.
 
     Raises:
         Unreadable: it is no such file, or has another shape than what was trained on.
@@ -64,7 +70,9 @@ def read_file(name: str, task: Any, shape: Sequence[int], path: Path) -> Tensor:
     values = values[None] if values.ndim == 1 else values
     length = task.length if name == "forecast" else shape[1]
     if values.ndim != 2 or values.shape[0] != shape[0] or values.shape[1] < length:
-        raise Unreadable(f"a file of {shape[0]} series of at least {length} steps is needed, this is {_told(values)}")
+        raise Unreadable(
+            f"a file of {shape[0]} series of at least {length} steps is needed, this is {_size_of(values)}"
+        )
     return values[None, :, -length:]
 
 
@@ -86,5 +94,5 @@ def _read_table(path: Path) -> Tensor:
         raise Unreadable(str(error)) from error
 
 
-def _told(values: Tensor) -> str:
+def _size_of(values: Tensor) -> str:
     return f"{values.shape[0]} of {values.shape[1]}" if values.ndim == 2 else f"an array {tuple(values.shape)}"
