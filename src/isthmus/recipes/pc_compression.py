@@ -23,15 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from isthmus.bounds import Count, Natural, at_least
 from isthmus.catalog import published
 from isthmus.codec import UserError, load_weights, save_weights
-from isthmus.data import Dataset, load
+from isthmus.data import load
 from isthmus.engine import Run
 from isthmus.priors.circuit import HCLT
 from isthmus.priors.circuit_coding import CircuitCoder
@@ -111,7 +109,7 @@ class Config:
 def run(config: Config, run: Run) -> None:
     """Learn circuits of small images and of patches; compress, decompress, compare and draw."""
     images = lossless.small_images(run, config.data, config.train_split, config.eval_split)
-    train, test, levels, shape = images
+    train, test, levels, _ = images
     run.log(
         f"{config.data}: {len(train)} images to learn from, {len(test)} to compress, {train.shape[1]} variables of "
         f"{len(levels)} values."
@@ -119,7 +117,7 @@ def run(config: Config, run: Run) -> None:
     circuit = _compare_circuits(run, config, train, test, len(levels))
     _code(run, circuit, test)
     _time_schedules(run, config, circuit, test)
-    _draw_images(run, circuit, test, levels, shape)
+    lossless.show(run, circuit, images)
     if config.photos != "none":
         _photos(run, config)
 
@@ -245,22 +243,6 @@ def _time_schedules(run: Run, config: Config, circuit: HCLT, test: Tensor) -> No
             run.metric(f"{name}_speedup", seconds["from_scratch"] / seconds[name], unit="times full evaluation")
 
 
-def _draw_images(run: Run, circuit: HCLT, test: Tensor, levels: Tensor, shape: tuple[int, ...]) -> None:
-    """Images drawn from the circuit, and lower halves drawn given the upper ones."""
-    channels, height, width = shape
-    generator = run.generator("samples")
-    shown = test[:10].to(run.fabric.device)
-    upper = torch.zeros(height, width, channels, dtype=torch.bool)
-    upper[: height // 2] = True
-    completed = circuit.sample(len(shown), generator, shown, upper.flatten())
-    rows = torch.cat([circuit.sample(10, generator), shown, completed]).cpu()
-    images = levels[rows].view(-1, height, width, channels).permute(0, 3, 1, 2).float() / 255
-    images = images.expand(-1, 3, -1, -1)
-    names = ["drawn"] * 10 + ["held out"] * len(shown) + ["completed"] * len(shown)
-    figure = figures.captioned(images, names, [True] * len(names), columns=10)
-    run.figure("images", figure, "Drawn from the circuit; held-out images; their lower halves drawn given the upper.")
-
-
 # -------------------------------------------------------------------------------------------------------------- photos
 
 
@@ -302,24 +284,4 @@ def _photos(run: Run, config: Config) -> None:
 
     circuit = _learnt(run, "patches", circuit, fit).cpu()
     lossless.keep(run, circuit, config.patch)
-    _compare_formats(run, PictureCoder(circuit, config.patch, threads=1), held_out)
-
-
-def _compare_formats(run: Run, coder: lossless.PictureCoder, held_out: Dataset) -> None:
-    shown = [Image.fromarray(held_out[i]["image"].permute(1, 2, 0).numpy()) for i in range(len(held_out))]
-    formats = {"pcz": lossless.Format(coder.compress, coder.decompress), **lossless.others()}
-    found = {name: lossless.measure(shown, fmt) for name, fmt in formats.items()}
-    for name, measured in found.items():
-        run.metric(f"photos_bpd_{name}", float(np.mean(measured.bits)), unit="bits per dimension")
-        run.metric(f"photos_encode_{name}", measured.encode, unit="MB/s, one thread")
-        run.metric(f"photos_decode_{name}", measured.decode, unit="MB/s, one thread")
-    ours = found["pcz"]
-    run.metric("photos_exact_share", ours.exact / len(shown))
-    for name in found:
-        if name != "pcz":
-            run.metric(f"photos_ratio_to_{name}", float(np.mean(ours.bits) / np.mean(found[name].bits)))
-    means = {name: float(np.mean(measured.bits)) for name, measured in found.items()}
-    run.figure("formats", figures.bars(means, "bits per dimension", " "), "Held-out photographs, whole files.")
-    pairs = {f"against {name}": list(zip(found[name].bits, ours.bits, strict=True)) for name in ("png", "webp")}
-    axes = "bits per dimension of the other format", "bits per dimension of .pcz"
-    run.figure("each_photo", figures.scatter(pairs, *axes), "Every photograph: our file beside those of PNG and WebP.")
+    lossless.compare(run, PictureCoder(circuit, config.patch, threads=1), held_out)
