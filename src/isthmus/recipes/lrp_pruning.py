@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -37,7 +36,6 @@ from isthmus.compression.filter_scores import Criterion, layers_of
 from isthmus.compression.relevance_pruning import prune
 from isthmus.compression.reshaping import Reshaped, shapes_of
 from isthmus.data import Dataset, class_names, load
-from isthmus.data.hashing import permutation
 from isthmus.data.inputs import Inputs
 from isthmus.data.subsets import subset
 from isthmus.encoders.trained import num_outputs, trained
@@ -155,7 +153,8 @@ def check(config: Config) -> None:
 def run(config: Config, run: Run) -> None:
     """The plane, where it was asked for, and then a network for pictures."""
     if config.data == "planar":
-        _plane(config, run)
+        networks = (config.plane, config.width, config.last_activation)
+        plane_pruning.compare(run, *networks, config.plane_composite, 1 / 3, config.shots, config.draws)
         config = replace(config, data="digits")
     _pictures(config, run)
 
@@ -168,41 +167,6 @@ def answer(kept: Saved, item: Item) -> Answer:
     figure = found.figure()
     figure.suptitle(f"{facts['class']} ({facts['probability'][facts['class']]:.0%})", fontsize=11, parse_math=False)
     return Answer(facts, figure)
-
-
-# ----------------------------------------------------------------------------------------------------------- the plane
-
-
-def _plane(config: Config, run: Run) -> None:
-    table, figure = plane_pruning.measure(
-        run,
-        config.plane,
-        config.width,
-        config.last_activation,
-        config.plane_composite,
-        1 / 3,
-        config.shots,
-        config.draws,
-    )
-    for kind, value in table.full.items():
-        run.metric(f"plane_accuracy_{kind}_full", value)
-    for few in config.shots:
-        for criterion in plane_pruning.CRITERIA:
-            for kind in plane_pruning.SETS:
-                run.metric(f"plane_accuracy_{kind}_{criterion}_{few}", table.mean(few, criterion, sets=[kind]))
-            run.metric(f"plane_accuracy_{criterion}_{few}", table.mean(few, criterion))
-            run.metric(f"plane_equal_accuracy_{criterion}_{few}", table.mean(few, criterion, equal=True))
-        ours = table.mean(few, "relevance")
-        run.metric(f"plane_gain_over_taylor_{few}", ours - max(table.mean(few, name) for name in plane_pruning.TAYLORS))
-        run.metric(f"plane_gain_over_gradient_{few}", ours - table.mean(few, "gradient"))
-        run.metric(f"plane_gain_over_random_{few}", ours - table.mean(few, "random"))
-    run.metric("plane_cut_difference", table.lost)
-    lines = {
-        c.replace("_", " "): [(few, table.mean(few, c)) for few in sorted(config.shots)] for c in plane_pruning.CRITERIA
-    }
-    drawn = figures.lines(lines, "references a class", "accuracy, mean of three sets", log_x=True)
-    run.figure("plane", drawn, "A third of the units cut in one shot, ranked over all layers.")
-    run.figure("decisions", figure, "What networks say in the plane, whole and with a third of their units cut.")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -224,7 +188,8 @@ def _pictures(config: Config, run: Run) -> None:
     run.metric("accuracy_whole", whole)
     run.log(f"{config.data}: accuracy {whole:.3f} with all filters.")
 
-    samples = _references(run, config, task)
+    images, labels = task.references(config.references)
+    samples = list(zip(images.split(50), labels.split(50), strict=True))
     example = samples[0][0][:1]
     steps = run.cap(math.ceil((1 - config.keep) / config.step - 1e-9))
     keeps = [max(config.keep, round(1 - config.step * (i + 1), 6)) for i in range(steps)]
@@ -292,29 +257,6 @@ def _layers(config: Config, network: nn.Module) -> list[str]:
     if config.layers == "auto" and not config.model:
         return [name for name in layers_of(network, "conv") if name.endswith(".conv1")]
     return layers_of(network, config.layers)
-
-
-def _references(run: Run, config: Config, task: ClassificationTask) -> list[tuple[Tensor, Tensor]]:
-    """The first samples of every class in a shuffled order, in batches of 50."""
-    wanted, images, labels = dict.fromkeys(range(task.num_classes), config.references), [], []
-    order = permutation(len(task.source), seed=run.seed)
-    for start in range(0, min(len(order), 200 * config.references * task.num_classes), 256):
-        samples = task.source.samples(order[start : start + 256])
-        for sample in samples:
-            label = int(sample["label"])
-            if wanted.get(label, 0):
-                wanted[label] -= 1
-                images.append(task.measured.one(sample, torch.Generator())["image"])
-                labels.append(label)
-        if not any(wanted.values()):
-            break
-    if not images:
-        raise UserError(f"{config.data} has no labelled samples to take references from.")
-    short = [task.classes[label] for label, missing in wanted.items() if missing == config.references]
-    if short:
-        run.note(f"No reference samples of {', '.join(short[:5])}: filters that only those classes need may be cut.")
-    x, y = run.fabric.to_device(torch.stack(images)), run.fabric.to_device(torch.tensor(labels))
-    return list(zip(x.split(50), y.split(50), strict=True))
 
 
 def _finetuner(config: Config, task: ClassificationTask, name: str) -> Callable[[nn.Module], None] | None:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from isthmus import saved
 from isthmus.bounds import Count, Natural, Range
-from isthmus.codec import create_timm
+from isthmus.codec import UserError, create_timm
 from isthmus.data import Dataset, Repeated, example_batch, load
+from isthmus.data.hashing import permutation
 from isthmus.data.inputs import Inputs
 from isthmus.data.splits import spaced
 from isthmus.data.subsets import class_names
@@ -202,6 +203,31 @@ class ClassificationTask:
     def show(self, model: nn.Module) -> None:
         """:func:`show` of the held-out images."""
         show(self.run, model, self.classes, self.held_out, self.measured)
+
+    def references(self, number: int) -> tuple[Tensor, Tensor]:
+        """Images ``(N, …)`` as when measuring and their labels, of the first ``number`` of every class in a shuffled
+        order; on the run's device. What a class lacks is noted.
+
+        Raises:
+            UserError: none was found.
+        """
+        wanted, images, labels = dict.fromkeys(range(self.num_classes), number), [], []
+        order = permutation(len(self.source), seed=self.run.seed)
+        for start in range(0, min(len(order), 200 * number * self.num_classes), 256):
+            for sample in self.source.samples(order[start : start + 256]):
+                label = int(sample["label"])
+                if wanted.get(label, 0):
+                    wanted[label] -= 1
+                    images.append(self.measured.one(sample, torch.Generator())["image"])
+                    labels.append(label)
+            if not any(wanted.values()):
+                break
+        if not images:
+            raise UserError(f"{self.config.data} has no labelled samples to take references from.")
+        absent = [self.classes[label] for label, missing in wanted.items() if missing == number]
+        if absent:
+            self.run.note(f"No reference samples of {', '.join(absent[:5])}.")
+        return self.run.fabric.to_device(torch.stack(images)), self.run.fabric.to_device(torch.tensor(labels))
 
     def keep(self, model: nn.Module, text: str, name: str = "network", **facts: Any) -> None:
         """Save a trained network with all that it needs to be used: ``isthmus.load(run)``, ``isthmus apply``."""

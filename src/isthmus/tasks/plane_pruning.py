@@ -19,6 +19,7 @@ from isthmus.encoders.signals.plane_net import PlaneNet
 from isthmus.engine import Run, Training
 from isthmus.engine.fit import fit
 from isthmus.objectives.classification import Classification
+from isthmus.report import figures
 
 SETS = ("moon", "circle", "spiral")
 #: Taylor three ways: signs dropped over all samples and layers normalised or not, and signs dropped for each sample.
@@ -47,7 +48,49 @@ class Table:
         return sum(sum(v) / len(v) for v in values) / len(values)
 
 
-def measure(
+def compare(
+    run: Run,
+    training: Training,
+    width: int,
+    last: bool,
+    composite: str,
+    share: float,
+    shots: Sequence[int],
+    draws: int,
+) -> None:
+    """Train on every set, prune by every criterion; record accuracies and gains, and draw what is left.
+
+    Args:
+        run: gets metrics and figures.
+        training: of every network.
+        width: units of a hidden layer.
+        last: see :class:`PlaneNet`.
+        composite: rules of relevance.
+        share: of the units that are cut.
+        shots: references a class.
+        draws: of references.
+    """
+    table, figure = _measured(run, training, width, last, composite, share, shots, draws)
+    for kind, value in table.full.items():
+        run.metric(f"plane_accuracy_{kind}_full", value)
+    for few in shots:
+        for criterion in CRITERIA:
+            for kind in SETS:
+                run.metric(f"plane_accuracy_{kind}_{criterion}_{few}", table.mean(few, criterion, sets=[kind]))
+            run.metric(f"plane_accuracy_{criterion}_{few}", table.mean(few, criterion))
+            run.metric(f"plane_equal_accuracy_{criterion}_{few}", table.mean(few, criterion, equal=True))
+        ours = table.mean(few, "relevance")
+        run.metric(f"plane_gain_over_taylor_{few}", ours - max(table.mean(few, name) for name in TAYLORS))
+        run.metric(f"plane_gain_over_gradient_{few}", ours - table.mean(few, "gradient"))
+        run.metric(f"plane_gain_over_random_{few}", ours - table.mean(few, "random"))
+    run.metric("plane_cut_difference", table.lost)
+    lines = {c.replace("_", " "): [(few, table.mean(few, c)) for few in sorted(shots)] for c in CRITERIA}
+    drawn = figures.lines(lines, "references a class", "accuracy, mean of three sets", log_x=True)
+    run.figure("plane", drawn, f"A share of {share:.0%} of the units cut in one shot, ranked over all layers.")
+    run.figure("decisions", figure, "What networks predict in the plane, whole and with units cut.")
+
+
+def _measured(
     run: Run,
     training: Training,
     width: int,
@@ -57,7 +100,6 @@ def measure(
     shots: Sequence[int],
     draws: int,
 ) -> tuple[Table, Figure]:
-    """Train on every set, prune by every criterion, and draw what is left of the decisions."""
     table = Table()
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     panels = figure.subplots(3, 4)
