@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from isthmus.bounds import check_fields
 from isthmus.codec import UserError, create_timm
 from isthmus.codec.published import convert
 from isthmus.data import Memory
@@ -43,6 +44,11 @@ def _run(tmp_path: Path, config: Config, **options: object) -> tuple[Path, dict]
     with Run.quick(tmp_path, name="rotnet", config=config, **options) as run:
         rotnet.run(config, run)
     return run.dir, json.loads((run.dir / "report.json").read_text())
+
+
+def _checked(config: Config) -> None:
+    check_fields(config)
+    rotnet.check(config)
 
 
 @pytest.fixture(scope="module")
@@ -217,14 +223,14 @@ def test_turned_images_keep_their_turn_whatever_the_batch() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"size": -3}, "--size -3"),
-        ({"labels": (20, -3)}, "--labels 20 -3"),
+        ({"size": -3}, "--size is at least 1, got -3"),
+        ({"labels": (20, -3)}, "--labels"),
         ({"rotations": (0, 360)}, "two different angles"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(changes: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        rotnet.check(dataclasses.replace(Config(), **changes))
+        _checked(dataclasses.replace(Config(), **changes))
 
 
 def test_a_probe_that_cannot_be_trained_is_refused_before_pretraining(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import isthmus
+from isthmus.bounds import check_fields
 from isthmus.codec import Codec, UserError
 from isthmus.codec.published import convert
 from isthmus.data import load
@@ -35,6 +36,11 @@ SMALL: dict[str, Any] = {
     "field": False,
     "cues": False,
 }
+
+
+def _checked(config: Config) -> None:
+    check_fields(config)
+    simple_segmentation.check(config)
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +120,10 @@ def test_one_class_is_a_binary_mask() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": (0, 64)}, "--size must be"),
-        ({"divisor": 0}, "--divisor must be 1 to 32"),
-        ({"smallest": 2.0}, "--smallest is a share"),
-        ({"images": -1}, "--images must be 0 or more"),
+        ({"size": (0, 64)}, "--size is"),
+        ({"divisor": 40}, "--divisor must be 1 to 32"),
+        ({"smallest": 2.0}, "--smallest is"),
+        ({"images": -1}, "--images is at least 0"),
         ({"size": (32, 32), "training": Training(steps=1, batch_size=1)}, "batch norm needs two"),
     ],
 )
@@ -127,7 +133,7 @@ def test_impossible_settings_are_refused_before_anything_runs(
     config = Config(**{**SMALL, "field": True, **changes})
     if "training" not in changes:
         with pytest.raises(UserError, match=message):
-            simple_segmentation.check(config)
+            _checked(config)
         return
     quick = Run.quick(tmp_path, name="simple-segmentation", config=config)
     with quick as run, pytest.raises(UserError, match=message):

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import isthmus
+from isthmus.bounds import check_fields
 from isthmus.codec import UserError
 from isthmus.codec.published import convert
 from isthmus.decoders.spark_unet import SparKUNet
@@ -38,6 +39,7 @@ TINY = Config(
 
 
 def _run(config: Config, folder: Path, **options) -> Path:
+    check_fields(config)
     spark.check(config)
     with Run.quick(folder, name="spark", config=config, **options) as run:
         spark.run(config, run)
@@ -213,7 +215,7 @@ def test_a_few_steps_of_the_published_setting_are_a_tryout_in_small_batches(tmp_
     [
         ({"encoder": "resnet5O"}, "timm has no model 'resnet5O'. Nearest"),
         ({"encoder": "vit_tiny_patch16_224", "levels": (16,), "size": 224}, "no sparse form"),
-        ({"ratio": 1.5}, "between 0 and 1"),
+        ({"ratio": 1.5}, "--ratio is"),
         ({"ratio": 0.99}, "at least one has to be visible and one hidden"),
         ({"size": 72}, "whole number of 16-pixel patches"),
         ({"levels": (4, 64)}, "has levels of reduction"),

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from scipy.io import wavfile
 
+from isthmus.bounds import check_fields
 from isthmus.codec import UserError
 from isthmus.data import load
 from isthmus.data.dataset import Unreadable
@@ -48,6 +49,11 @@ TINY = Config(
     forecast=ForecastTask("series", BRIEF, dim=24, length=24, horizon=6, windows=(40, 20)),
     test_samples=64,
 )
+
+
+def _checked(config: Config) -> None:
+    check_fields(config)
+    unireplknet.check(config)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +200,7 @@ def test_views_of_a_cloud_are_told_together() -> None:
         ({"tasks": ("audio",), "audio": AudioTask("digits", BRIEF)}, "has no column audio"),
         ({"tasks": ("forecast",), "encoder": "resnet10t"}, "reads the last map of a UniRepLKNet"),
         ({"tasks": ("image",), "kernel": 8}, "no dilated branches"),
-        ({"test_samples": -1}, "test_samples -1"),
+        ({"test_samples": -1}, "--test-samples is at least 0"),
         ({"audio": dataclasses.replace(TINY.audio, frames=0)}, "the audio task cannot be set up: .* frames 0"),
         ({"points": dataclasses.replace(TINY.points, size=2)}, "the points task cannot be set up: size 2"),
     ],
@@ -203,7 +209,7 @@ def test_impossible_settings_are_one_sentence(change: dict[str, Any], message: s
     config = dataclasses.replace(TINY, **change)
     if change.get("tasks") in (("smell",), ()) or "test_samples" in change:
         with pytest.raises(UserError, match=message):
-            unireplknet.check(config)
+            _checked(config)
         return
     with pytest.raises(ValueError, match=message), Run.quick(tmp_path, name="unireplknet", config=config) as run:
         unireplknet.run(config, run)

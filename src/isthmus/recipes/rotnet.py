@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
+from isthmus.bounds import Count, Natural
 from isthmus.catalog import published
-from isthmus.codec import UserError, create_timm, save_weights
+from isthmus.codec import create_timm, save_weights
 from isthmus.data import example_batch
 from isthmus.data.readers.local import local
 from isthmus.data.splits import spaced
@@ -56,9 +57,9 @@ class Config(PretrainingConfig):
     """Images with an upright orientation: auto is CIFAR-10 where it is at hand, else digits:32; any source will do."""
     encoder: str = "nin_cifar_tiny"
     """The network, ours or any of timm: nin_cifar_tiny, nin_cifar, rotnet_alexnet, resnet18, …"""
-    resize: int | None = None
+    resize: Count | None = None
     """Shorter side before the crop; that of the crop without it."""
-    padding: int = 0
+    padding: Natural = 0
     """Zeros around a training image before it is cropped at random."""
     flip: bool = True
     """Mirror training images left and right at random; the copies of an image share crop and mirroring."""
@@ -75,11 +76,11 @@ class Config(PretrainingConfig):
     but one."""
     head: Literal["linear", "nonlinear", "conv", "alexnet"] = "linear"
     """The probe: linear on a pooled map, or the paper's non-linear and convolutional ones, or its AlexNet's own end."""
-    grid: int = 4
+    grid: Count = 4
     """Cells a side that the linear probe pools the map to."""
     pool: Literal["mean", "max"] = "mean"
     """How it pools; the paper's ImageNet probes take the maximum on grids of 12, 7, 5, 6 and 6 for AlexNet's layers."""
-    labels: tuple[int, ...] = (200, 40)
+    labels: tuple[Natural, ...] = (200, 40)
     """Labels a class that probes are trained with, the first in the order of the source; 0 is all."""
     wrap: bool = False
     """Let an epoch with few labels be as long as one with all, by going through them again."""
@@ -149,13 +150,7 @@ def no_verdict(config: Config) -> str:
 
 
 def check(config: Config) -> None:
-    """Refuse numbers that cannot be."""
-    if config.size is not None and config.size < 1:
-        raise UserError(f"--size {config.size}: at least 1 pixel a side.")
-    if min(config.labels, default=0) < 0:
-        raise UserError(f"--labels {' '.join(map(str, config.labels))}: labels a class, 0 for all of them.")
-    if config.grid < 1 or config.padding < 0:
-        raise UserError(f"--grid {config.grid} is at least 1 and --padding {config.padding} at least 0.")
+    """Refuse rotations that are not different."""
     Rotation(nn.Identity(), nn.Identity(), config.rotations)
 
 

@@ -17,11 +17,12 @@ the 60 pixels that are asked for, and within 400 steps only the wide one learns 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, one_of
 from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm
 from isthmus.data.builtin.cues import cue_scenes
@@ -44,13 +45,13 @@ class Config(DenseConfig):
 
     encoder: str = ""
     """A timm name, ours included (ffnet86s); a small network of basic blocks without it."""
-    branch: str = "B"
+    branch: Annotated[str, one_of("ABC")] = "B"
     """Widths of the up-branch: A, B or C."""
-    segmentation: str = "B"
+    segmentation: Annotated[str, one_of("ABC")] = "B"
     """Widths of the last two layers: A, B or C."""
     mobile: bool = False
     """Resize by the nearest value, as the mobile variants do."""
-    divisor: int = 4
+    divisor: Count = 4
     """Every width of the head, and of the small network, over this."""
     field: bool = True
     """Measure receptive fields of basic and bottleneck blocks."""
@@ -92,8 +93,7 @@ class Config(DenseConfig):
 
 def check(config: Config) -> None:
     """Refuse what no run can do, before any of it is done."""
-    dense.check(config)
-    if not config.encoder and not 1 <= config.divisor <= 32:
+    if not config.encoder and config.divisor > 32:
         raise UserError(f"--divisor must be 1 to 32 for the small network, got {config.divisor}.")
 
 

@@ -24,11 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Range, Share, at_least
 from isthmus.catalog import published
 from isthmus.codec import UserError, create_timm
 from isthmus.codec.timm_models import with_classes
@@ -70,40 +71,40 @@ class Config(PretrainingConfig):
     """Any convnet of timm."""
     init: str = ""
     """Encoder weights to start from: encoder.safetensors of a run, or a published file of SparK; empty is random."""
-    size: int | None = None
+    size: Count | None = None
     """Side of the images in pixels; by default that of the data, 224 at most."""
-    levels: tuple[int, ...] = ()
+    levels: tuple[Count, ...] = ()
     """Scales to use, as input pixels a cell; the largest is the side of a patch. By default 4, 8, 16 and 32 as far as
     an image then still has four patches a side."""
-    ratio: float = 0.6
+    ratio: Annotated[float, Range(0, 1, least_open=True, most_open=True)] = 0.6
     """Share of hidden patches."""
-    width: int = 128
+    width: Count = 128
     """Channels of the decoder at the coarsest scale; 768 is published."""
-    output_stride: int = 4
+    output_stride: Count = 4
     """The decoder stops at this stride and predicts a square of pixels a cell; 1 is published."""
     norm: Literal["auto", "batch", "layer"] = "auto"
     """Norm in front of the decoder; auto is batch norm where the encoder has it, layer norm elsewhere."""
-    drop_path: float = 0.0
+    drop_path: Annotated[float, Range(0, 1, most_open=True)] = 0.0
     """Stochastic depth of the encoder while pre-training."""
     pretrain: Training = _PRETRAIN
     """Pre-training."""
     finetune: Training = _FINETUNE
     """Fine-tuning, where the data have labels."""
-    labels_per_class: int = 8
+    labels_per_class: Natural = 8
     """Labelled training images a class for fine-tuning; 0 takes all."""
-    crop: float = 0.67
+    crop: Annotated[float, Range(0, 1, least_open=True)] = 0.67
     """Smallest share of a picture that a training crop covers, for pre-training."""
-    finetune_crop: float = 0.35
+    finetune_crop: Annotated[float, Range(0, 1, least_open=True)] = 0.35
     """The same for fine-tuning."""
-    mixup: float = 0.0
+    mixup: Annotated[float, at_least(0)] = 0.0
     """Strength of mixup while fine-tuning."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, at_least(0)] = 0.0
     """Strength of CutMix while fine-tuning."""
-    smoothing: float = 0.1
+    smoothing: Annotated[float, Range(0, 1, most_open=True)] = 0.1
     """Label smoothing while fine-tuning."""
     trivial_augment: bool = False
     """TrivialAugment while fine-tuning, as published below 384 pixels."""
-    erasing: float = 0.0
+    erasing: Share = 0.0
     """Share of the images that random erasing covers in part while fine-tuning."""
     binary: bool = False
     """Fine-tune with binary cross-entropy, as published for ResNets."""
@@ -159,11 +160,7 @@ class Config(PretrainingConfig):
 
 
 def check(config: Config) -> None:
-    """Refuse numbers that cannot be, and settings of which one is for the other."""
-    if not 0 < config.ratio < 1:
-        raise UserError(f"--ratio {config.ratio} is the share of hidden patches, between 0 and 1.")
-    if (config.size is not None and config.size < 1) or config.labels_per_class < 0 or config.output_stride < 1:
-        raise UserError("--size and --output-stride are at least 1, --labels-per-class at least 0.")
+    """Refuse weights that are not there."""
     if config.init and not Path(config.init).is_file():
         raise UserError(f"--init: there is no file {config.init} to start from.")
 

@@ -23,11 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from isthmus.bounds import Count, Natural, Range
 from isthmus.codec import UserError
 from isthmus.data import class_names, evaluation_batches
 from isthmus.engine import Run, Training
@@ -65,17 +66,17 @@ class Config:
     """A convnet of timm, such as unireplknet_a or convnext_tiny, in place of the small one of the sizes below."""
     pretrained: bool = False
     """Begin with timm's published weights of that convnet."""
-    depths: tuple[int, ...] = (1, 1, 2, 1)
+    depths: tuple[Count, ...] = (1, 1, 2, 1)
     """Blocks of every stage of the small network."""
-    dims: tuple[int, ...] = (16, 24, 32, 48)
+    dims: tuple[Count, ...] = (16, 24, 32, 48)
     """Width of every stage."""
-    kernel: int = 13
+    kernel: Count = 13
     """Side of the kernels of its second and third stage."""
-    twin: int = 3
+    twin: Natural = 3
     """Side of those kernels in the network it is compared with; 0 leaves that out."""
     layer_scale: float = 1.0
     """Weight of every block at the start; 1e-6 is published, and takes longer than these short runs."""
-    drop_path: float = 0.0
+    drop_path: Annotated[float, Range(0, 1, most_open=True)] = 0.0
     """Stochastic depth."""
     image: ImageTask = field(
         default_factory=lambda: ImageTask("scenes:32?space=easy&shapes=circle,ring,cross,triangle&count=800", _short())
@@ -91,7 +92,7 @@ class Config:
     """Series that are told apart."""
     forecast: ForecastTask = field(default_factory=lambda: ForecastTask("auto", _short(5)))
     """Series that are forecast; auto is ETTh1 where it is at hand, else drawn ones."""
-    test_samples: int = 400
+    test_samples: Natural = 400
     """Held-out samples to measure every task on; 0 is all."""
     train_split: str = "train"
     """Part of the data to train on."""
@@ -149,12 +150,10 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Refuse tasks that there are none of, and a negative number of samples."""
+    """Refuse tasks that there are none of, or twice the same."""
     unknown = [name for name in config.tasks if name not in COLUMNS]
     if unknown or not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise UserError(f"tasks {', '.join(config.tasks) or '()'}: choose each once from {', '.join(COLUMNS)}.")
-    if config.test_samples < 0:
-        raise UserError(f"test_samples {config.test_samples}: how many to measure on, or 0 for all.")
 
 
 def run(config: Config, run: Run) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from isthmus import saved
+from isthmus.bounds import Count, Natural, Range, at_least
 from isthmus.codec import Codec, UserError
 from isthmus.data import Dataset, example_batch, load
 from isthmus.data.inputs import Inputs
@@ -48,17 +49,17 @@ class DenseConfig:
 
     data: str = "scenes:64"
     """Pictures with masks."""
-    size: tuple[int, int] = (64, 64)
+    size: tuple[Count, Count] = (64, 64)
     """Height and width of pictures in training and measuring."""
-    smallest: float = 0.4
+    smallest: Annotated[float, Range(0, 1, least_open=True)] = 0.4
     """Smallest share of a picture that a training crop covers."""
-    classes: int = 0
+    classes: Natural = 0
     """Classes of the masks; counted in the data where it is 0; 1 learns one binary mask of the values 0 and 1."""
-    ignore: int = -1
+    ignore: Annotated[int, at_least(-1)] = -1
     """A class that is neither learnt nor measured, often 255; -1 is none."""
-    images: int = 800
+    images: Natural = 800
     """Pictures to train on; 0 is all."""
-    test_images: int = 200
+    test_images: Natural = 200
     """Pictures to measure on; 0 is all."""
     training: Training = Training(steps=240, batch_size=16, lr=3e-3, weight_decay=0.01, warmup_steps=20, clip=1.0)
     """Training of the segmenter."""
@@ -77,21 +78,6 @@ class Overlap:
     each: list[float]
     miou: float
     pixel_accuracy: float
-
-
-def check(config: DenseConfig) -> None:
-    """Refuse what no run can do.
-
-    Raises:
-        UserError: a number out of its range.
-    """
-    for name in ("images", "test_images", "classes"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(config, name)}.")
-    if min(config.size) < 1:
-        raise UserError(f"--size must be a height and a width of 1 pixel or more, got {config.size}.")
-    if not 0 < config.smallest <= 1:
-        raise UserError(f"--smallest is a share above 0 and up to 1, got {config.smallest}.")
 
 
 def open(config: DenseConfig, run: Run, model: nn.Module | None = None) -> DenseTask:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus import saved
+from isthmus.bounds import Count
 from isthmus.codec import UserError, save_weights
 from isthmus.codec.timm_models import headless, line_for_timm
 from isthmus.data import Dataset, evaluation_batches, load
@@ -51,7 +52,7 @@ class PretrainingConfig:
 
     data: str = "photos:64"
     """Where the pictures come from: photos:64, folder:PATH, parquet:PATH, hub:NAME …"""
-    size: int | None = None
+    size: Count | None = None
     """Pixels a side of what the network sees; without it those of the images, but no more than it was made for."""
     pretrain: Training = dataclasses.field(default_factory=lambda: Training(steps=300, batch_size=32))
     """Pre-training."""

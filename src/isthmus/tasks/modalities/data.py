@@ -72,13 +72,7 @@ def input_of(name: str, batch: Mapping[str, Any], config: Any) -> Tensor:
 
 
 def transforms_of(name: str, task: Any, num_classes: int) -> tuple[Transform | None, Transform | None]:
-    """Of samples for training and for measuring; only pictures are changed.
-
-    Raises:
-        UserError: a size below 1, a smoothing outside [0, 1).
-    """
-    if not 0 <= getattr(task, "smoothing", 0) < 1:
-        raise UserError(f"smoothing {task.smoothing} of labels lies between 0 and 1.")
+    """Of samples for training and for measuring; only pictures are changed."""
     if name != "image":
         return None, None
     size = (task.size, task.size)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from isthmus.bounds import Range
 from isthmus.engine import Training
 
 
@@ -16,7 +17,7 @@ class Task:
     """A source; see `isthmus show` for the built-in ones."""
     training: Training
     """Training of every network."""
-    smoothing: float = 0.0
+    smoothing: Annotated[float, Range(0, 1, most_open=True)] = 0.0
     """Label smoothing."""
 
 
