@@ -14,8 +14,8 @@ on one and on five references a class. Then a convolutional network is trained o
 criterion; there Taylor keeps more accuracy than relevance.
 
 ``isthmus run lrp-pruning --model timm:NAME --checkpoint FILE --data SOURCE --keep 0.5`` prunes a network that a person
-has; ``--finetune`` trains it a little after every step. The run keeps ``pruned.safetensors``, which
-``isthmus.compression.relevance_pruning.load_pruned`` reads, and ``isthmus apply`` classifies with it and shows why.
+has; ``--finetune`` trains it a little after every step. ``isthmus.load(RUN).model`` is the pruned network, and
+``isthmus apply`` classifies with it and shows why.
 """
 
 from __future__ import annotations
