@@ -20,7 +20,7 @@ from isthmus.engine import Run, Training
 from isthmus.recipes import crop_selection
 from isthmus.recipes.crop_selection import Config
 from isthmus.robustness.shifts import EIGHT, view
-from isthmus.tasks import applying
+from isthmus.tasks import applying, selected_crops
 
 SMALL = {"view": 30, "crop": 16, "middle_crop": 20, "wide_crop": 24, "data": "textures:32", "test_images": 24}
 
@@ -63,7 +63,7 @@ def test_a_photograph_is_seen_as_the_run_sees_it(trained_run: tuple[Path, dict[s
     found = json.loads(written[0].read_text())[str(tmp_path / "photo.png")]
     config = Config(**SMALL)
     data = Memory("photo", {"image": pixels})
-    prepared = next(evaluation_batches(data, 1, transform=crop_selection._source(config)))["image"]
+    prepared = next(evaluation_batches(data, 1, transform=selected_crops.source(config.view)))["image"]
     assert prepared.shape == (1, 3, 32, 32)
     robust = crop_selection._selecting(config, isthmus.load(trained_run[0]).model, 16)
     with torch.no_grad():

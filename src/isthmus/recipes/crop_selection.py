@@ -12,7 +12,7 @@ theory. ``--encoder NAME --checkpoint FILE`` tries a network that a person has, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from isthmus.bounds import Count, Natural, one_of
 from isthmus.codec import UserError, create_timm
-from isthmus.data import Dataset, Memory, evaluation_batches, load
+from isthmus.data import Dataset, evaluation_batches, load
 from isthmus.data.inputs import Inputs
 from isthmus.data.subsets import subset
-from isthmus.data.transforms import CenterCrop, Compose, Normalize, RandomCrop, Resize
+from isthmus.data.transforms import Compose, RandomCrop
 from isthmus.encoders.images.patch_net import PatchNet
 from isthmus.encoders.trained import num_outputs, trained
 from isthmus.engine import Run, Training
@@ -35,12 +35,11 @@ from isthmus.engine.comparison import Comparison, Trained
 from isthmus.report import figures
 from isthmus.robustness.crop_selection import SCORES, CropSelection, same_crop_probability
 from isthmus.robustness.shifts import EIGHT, FOUR, Stability, agreement, stability, view
-from isthmus.saved import Saved
-from isthmus.tasks import classification
-from isthmus.tasks.applying import Answer, Item, annotated
+from isthmus.tasks import classification, selected_crops
 from isthmus.tasks.classification import ClassificationConfig, ClassificationTask
 
 needs = classification.NEEDS
+answer = selected_crops.answer
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -144,39 +143,6 @@ def run(config: Config, run: Run) -> None:
     task.keep(networks["plain"], "the network; `isthmus apply` classifies pictures by selected crops", **facts)
 
 
-def answer(kept: Saved, item: Item) -> Answer:
-    """The class of the crop that a picture's content selects, and whether one pixel would change it.
-
-    The picture is resized and cut as in the run; the crop is said in pixels of the picture.
-
-    Raises:
-        UserError: a picture that is smaller than the crop.
-    """
-    config, classes = Config(**kept.facts), kept.labels or []
-    if min(item.image.shape[1:]) < config.crop + 2:
-        raise UserError(f"smaller than the crop of {config.crop} pixels and a pixel around it")
-    picture = Memory("picture", {"image": item.image[None]})
-    prepared = next(evaluation_batches(picture, 1, transform=_source(config)))["image"].to(item.device)
-    views = torch.cat([view(prepared, config.view, shift) for shift in ((0, 0), *EIGHT)])
-    robust = _selecting(config, kept.model, config.crop)
-    with torch.no_grad():
-        offset = robust.select(views[:1]).offset[0]
-        logits = robust(views)
-    probability, predicted = logits[0].softmax(0), logits.argmax(1).tolist()
-    best = int(probability.argmax())
-    top, left, side = _in_picture(config, item.image.shape[1:], offset.tolist())
-    figure = annotated(item.image, classes[best])
-    figure.axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False, color="tab:red", lw=2))
-    facts = {
-        "class": classes[best],
-        "probability": round(float(probability[best]), 4),
-        "crop": {"top": round(top), "left": round(left), "size": round(side)},
-        "classes_one_pixel_off": sorted({classes[number] for number in predicted}),
-        "stable": len(set(predicted)) == 1,
-    }
-    return Answer(facts, figure)
-
-
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
@@ -186,12 +152,12 @@ def _measure(run: Run, config: Config, networks: dict[str, nn.Module], held_out:
     shifts = EIGHT if config.diagonals else FOUR
 
     def centred(network: nn.Module) -> Predict:
-        return lambda views: network(_prepared(config, network, view(views, config.crop)))
+        return lambda views: network(selected_crops.prepared(network, view(views, config.crop), config.size))
 
     def averaged(views: Tensor) -> Tensor:
-        return sum(
-            plain(_prepared(config, plain, view(views, config.crop, shift))).softmax(1) for shift in ((0, 0), *EIGHT)
-        )  # type: ignore[return-value]
+        crops = [view(views, config.crop, shift) for shift in ((0, 0), *EIGHT)]
+        prepared = [selected_crops.prepared(plain, crop, config.size) for crop in crops]
+        return sum(plain(crop).softmax(1) for crop in prepared)  # type: ignore[return-value]
 
     ways: dict[str, Predict] = {
         "centre": centred(plain),
@@ -274,7 +240,7 @@ def _network(config: Config, num_classes: int, antialiased: bool = False) -> nn.
 
 def _trained(config: Config, task: ClassificationTask) -> dict[str, nn.Module]:
     """The network, and its anti-aliased twin where there is one, trained on crops from anywhere in the picture."""
-    transform = Compose([_source(config), RandomCrop(config.crop), task.augmented])
+    transform = Compose([selected_crops.source(config.view), RandomCrop(config.crop), task.augmented])
     makers = {"plain": partial(_network, config, task.num_classes)}
     if config.antialiased and not config.encoder:
         makers["antialiased"] = partial(_network, config, task.num_classes, True)
@@ -293,37 +259,16 @@ def _inputs(config: Config, network: nn.Module) -> Inputs:
 
 
 def _selecting(config: Config, network: nn.Module, crop: int, **changes: Any) -> CropSelection:
-    inputs = Inputs.of(network)
-    options = {"size": config.size or None, "score": config.score, **changes}
-    chooser = CropSelection(network, crop, mean=inputs.mean, std=inputs.std, **options)
-    like = next(network.parameters(), torch.empty(0))
-    return chooser.to(like.device).eval()
-
-
-def _source(config: Config) -> Compose:
-    """Pictures that reach a pixel further than the view on every side."""
-    return Compose([Resize(config.view + 2), CenterCrop(config.view + 2)])
-
-
-def _prepared(config: Config, network: nn.Module, crops: Tensor) -> Tensor:
-    if config.size:
-        crops = nn.functional.interpolate(crops, (config.size, config.size), mode="bilinear", antialias=True)
-    inputs = Inputs.of(network)
-    return Normalize(inputs.mean, inputs.std)({"image": crops}, torch.Generator())["image"]
+    return selected_crops.selecting(network, crop, config.size, **{"score": config.score, **changes})
 
 
 def _batches(run: Run, config: Config, dataset: Dataset) -> Iterator[dict[str, Any]]:
-    for batch in evaluation_batches(dataset.first(_FEW) if run.few else dataset, 100, transform=_source(config)):
+    for batch in evaluation_batches(
+        dataset.first(_FEW) if run.few else dataset, 100, transform=selected_crops.source(config.view)
+    ):
         yield {key: run.fabric.to_device(value) for key, value in batch.items() if key in ("image", "label")}
 
 
 def _dataset(config: Config, split: str, count: int, seed: int) -> Dataset:
     dataset = load(config.data, split, needs, seed)
     return subset(dataset, count, 0) if count and count < len(dataset) else dataset
-
-
-def _in_picture(config: Config, size: Sequence[int], offset: Sequence[int]) -> tuple[float, float, float]:
-    """Top, left and side of a crop of the view, in pixels of a picture of this size that was resized and cut for it."""
-    scale = min(size) / (config.view + 2)
-    top, left = ((side / scale - config.view - 2) / 2 + 1 + at for side, at in zip(size, offset, strict=True))
-    return top * scale, left * scale, config.crop * scale
