@@ -74,7 +74,7 @@ class Outer:
         ({"mixer": "odd"}, "--mixer is one of plain, wide, got 'odd'."),
         ({"weights": {"a": 1.0, "b": 0.0}}, "--weights is above 0, got 0.0."),
         ({"inner_part": Inner(batch_size=-3)}, "--inner-part.batch-size is at least 1, got -3."),
-        ({"inner_part": Inner(rate=math.inf)}, "--inner-part.rate is above 0, got inf."),
+        ({"inner_part": Inner(rate=math.inf)}, "--inner-part.rate is finite and above 0, got inf."),
         ({"more": (Inner(), Inner(0))}, "--more.batch-size is at least 1, got 0."),
     ],
 )

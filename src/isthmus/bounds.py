@@ -190,7 +190,8 @@ def checked(function: _Function) -> _Function:
 def _check(name: str, annotation: Any, value: Any) -> None:
     if (broken := _broken(annotation, value)) is not None:
         bound, what = broken
-        raise UserError(f"{name} is {bound}, got {what!r}.")
+        finite = "finite and " if what in (math.inf, -math.inf) else ""
+        raise UserError(f"{name} is {finite}{bound}, got {what!r}.")
 
 
 def _broken(annotation: Any, value: Any) -> tuple[Bound, Any] | None:

@@ -210,10 +210,12 @@ def _plain_classes() -> list[Any]:
 
 
 def _damage(path: Path, error: Exception) -> str:
-    if "blocked" in str(error) or "Unsupported" in str(error):
-        return f"{path} is no checkpoint that can be read safely: it asks to run code ({_short(error)})."
     with path.open("rb") as stream:
         start = stream.read(2)
+    if start[:1] not in (b"P", b"\x80"):  # neither a zip nor a pickle
+        return f"{path} is no checkpoint: neither a PyTorch file nor safetensors."
+    if "blocked" in str(error) or "Unsupported" in str(error):
+        return f"{path} is no checkpoint that can be read safely: it asks to run code ({_short(error)})."
     if start == b"PK" and not _is_zip(path):
         return f"{path} is cut short: its end is missing."
     return f"{path} is no checkpoint that can be read safely; it may be cut short or foreign ({_short(error)})."

@@ -95,6 +95,7 @@ def in_memory(dataset: Dataset, columns: Sequence[str], transform: Transform) ->
         for name, values in found.items()
     }
     memory = Memory(dataset.name, data, dataset.columns, dataset.classes)
+    memory.notes, memory.skipped = dataset.notes, dataset.skipped
     if names := getattr(dataset, "factor_names", None):
         memory.factor_names = names  # type: ignore[attr-defined]
     return memory

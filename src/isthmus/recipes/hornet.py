@@ -125,6 +125,7 @@ def check(config: Config) -> None:
 def run(config: Config, run: Run) -> None:
     """Compare orders on fields, then train and measure the classifier."""
     task = classification.open(config, run)
+    config.training.length(len(task.source), "--training")  # what cannot be trained is told before the comparison
     if config.orders:
         _compare(config, run)
     arm = task.arm(partial(_network, config), "classifier")

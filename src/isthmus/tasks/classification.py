@@ -81,6 +81,7 @@ def open(config: ClassificationConfig, run: Run, inputs: Inputs | None = None, i
     """
     source = load(config.data, config.train_split, NEEDS, run.seed).first(images)
     held_out = load(config.data, config.eval_split, NEEDS, run.seed).first(config.test_images)
+    run.uses(held_out)
     task = ClassificationTask(config, run, source, held_out, inputs or inputs_of(config))
     run.log(f"{config.data}: {len(source)} images to train on, {len(held_out)} held out, {task.num_classes} classes.")
     return task

@@ -106,6 +106,8 @@ class LatentsTask:
         self.sources, self.names, notes = factors(joined, columns, getattr(held, "factor_names", ()))
         for note in notes:
             run.note(note)
+        run.uses(self.dataset)
+        run.uses(held)
         run.log(
             f"{config.data}: {len(self.dataset)} pictures to train on, {len(self.images)} to score, causes: "
             f"{', '.join(self.names)}."
