@@ -89,7 +89,7 @@ def image(side: int, width: int | None = None, channels: int = 3, batch: int = 2
 def registered() -> dict[str, str]:
     """Name → the file that registers it."""
     found = {name: make_.__module__ for name, make_ in entry_points.items()}
-    return {n: m.removeprefix("isthmus.encoders.") for n, m in found.items() if m.startswith("isthmus.encoders.")}
+    return {n: m.rpartition(".")[2] for n, m in found.items() if m.startswith("isthmus.encoders.")}
 
 
 def test_every_architecture_is_tried_here() -> None:
