@@ -213,7 +213,7 @@ def _damage(path: Path, error: Exception) -> str:
     with path.open("rb") as stream:
         start = stream.read(2)
     if start[:1] not in (b"P", b"\x80"):  # neither a zip nor a pickle
-        return f"{path} is no checkpoint: neither a PyTorch file nor safetensors."
+        return f"{path} is no checkpoint that can be read safely: neither a PyTorch file nor safetensors."
     if "blocked" in str(error) or "Unsupported" in str(error):
         return f"{path} is no checkpoint that can be read safely: it asks to run code ({_short(error)})."
     if start == b"PK" and not _is_zip(path):
