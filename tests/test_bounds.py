@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -102,6 +102,36 @@ def test_arguments_of_functions_and_constructors_are_checked() -> None:
         halve(4, share=2)
     with pytest.raises(UserError, match="width is at least 1, got 0"):
         Layer(0)
+
+
+def test_plain_types_of_arguments_bound_too() -> None:
+    @checked
+    def made(
+        width: int = 1,
+        rate: float = 0.1,
+        kind: Literal["a", "b"] | None = "a",
+        size: int | tuple[int, int] = 2,
+        widths: int | Sequence[int] = 4,
+    ) -> None:
+        pass
+
+    made(-1, -0.5, None, (2, 3), [4, 5])
+    made(rate=1, kind="b", size=[2, 3], widths=())  # type: ignore[arg-type]
+    for wrong, sentence in (
+        ({"width": math.nan}, "width is a whole number, got nan."),
+        ({"width": "4"}, "width is a whole number, got '4'."),
+        ({"rate": math.inf}, "rate is a finite number, got inf."),
+        ({"rate": "0.1"}, "rate is a finite number, got '0.1'."),
+        ({"kind": "c"}, "kind is one of a, b, got 'c'."),
+        ({"size": (2, 3, 4)}, "size is a list of 2 values, got (2, 3, 4)."),
+        ({"size": (2, 0.5)}, "size is a whole number, got 0.5."),
+        ({"widths": "45"}, "widths is a whole number, got '45'."),
+    ):
+        with pytest.raises(UserError) as refused:
+            made(**wrong)  # type: ignore[arg-type]
+        assert str(refused.value) == sentence
+    with pytest.raises(TypeError, match=r"made\(\) got an unexpected keyword argument"):
+        made(depth=1)  # type: ignore[call-arg]
 
 
 def test_bounds_need_nothing_heavy() -> None:

@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import inspect
 import math
+import numbers
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +54,8 @@ class Range(Bound):
 
     def __str__(self) -> str:
         low, high = f"{self.least:g}", f"{self.most:g}"
+        if (self.least, self.most) == (-math.inf, math.inf):
+            return "a finite number"
         if self.most == math.inf:
             return f"above {low}" if self.least_open else f"at least {low}"
         if self.least == -math.inf:
@@ -73,6 +77,32 @@ class OneOf(Bound):
 
     def __str__(self) -> str:
         return f"one of {', '.join(map(str, self.choices))}"
+
+
+@dataclass(frozen=True)
+class Whole(Bound):
+    """Whole numbers of any kind, numpy's too."""
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, numbers.Integral)
+
+    def __str__(self) -> str:
+        return "a whole number"
+
+
+@dataclass(frozen=True)
+class Listing(Bound):
+    """Several values in an order, ``length`` of them where that is given."""
+
+    length: int | None = None
+
+    def holds(self, value: Any) -> bool:
+        if isinstance(value, (str, bytes, numbers.Number)):
+            return False
+        return self.length is None or (isinstance(value, Sequence) and len(value) == self.length)
+
+    def __str__(self) -> str:
+        return "a list of values" if self.length is None else f"a list of {self.length} values"
 
 
 def at_least(least: float) -> Range:
@@ -112,6 +142,7 @@ Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
 Share = Annotated[float, between(0, 1)]
 Positive = Annotated[float, above(0)]
+NonNegative = Annotated[float, at_least(0)]
 
 
 def bounds(annotation: Any) -> list[Bound]:
@@ -166,25 +197,53 @@ def later() -> Iterator[None]:
 def checked(function: _Function) -> _Function:
     """Refuse arguments that are out of the bounds in a function's or a constructor's annotations.
 
+    Plain annotations bound too: an ``int`` is a whole number, a ``float`` a finite one, a ``Literal`` one of its words.
+
     Raises:
         UserError: when called; names the argument, its bound, and the value.
     """
     target: Any = function.__init__ if isinstance(function, type) else function
     signature = inspect.signature(target)
 
+    @functools.cache
+    def kinds() -> dict[str, Any]:
+        return {name: _strict(hint) for name, hint in typing.get_type_hints(target, include_extras=True).items()}
+
     @functools.wraps(target)
     def call(*arguments: Any, **named: Any) -> Any:
-        bound = signature.bind(*arguments, **named)
-        hints = typing.get_type_hints(target, include_extras=True)
-        for name, value in bound.arguments.items():
-            if name in hints and bounds(hints[name]):
-                _check(name, hints[name], value)
+        try:
+            given = signature.bind(*arguments, **named).arguments
+        except TypeError:  # Python's own sentence names the function
+            return target(*arguments, **named)
+        for name, value in given.items():
+            if name in kinds():
+                _check(name, kinds()[name], value)
         return target(*arguments, **named)
 
     if isinstance(function, type):
         function.__init__ = call  # type: ignore[misc]
         return function  # type: ignore[return-value]
     return call  # type: ignore[return-value]
+
+
+def _strict(annotation: Any) -> Any:
+    """A type with what it says of its values written out as bounds."""
+    if annotation is int:
+        return Annotated[int, Whole()]
+    if annotation is float:
+        return Annotated[float, Range()]
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return Annotated[annotation, OneOf(inner)]
+    if origin is Annotated:
+        return functools.reduce(lambda kind, bound: Annotated[kind, bound], inner[1:], _strict(inner[0]))
+    if origin in (typing.Union, types.UnionType):
+        return functools.reduce(operator.or_, map(_strict, inner))
+    if origin is Sequence:
+        return Annotated[Sequence[_strict(inner[0])], Listing()]  # type: ignore[misc]
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return Annotated[tuple[tuple(map(_strict, inner))], Listing(len(inner))]  # type: ignore[misc]
+    return annotation
 
 
 def _check(name: str, annotation: Any, value: Any) -> None:
@@ -205,7 +264,8 @@ def _broken(annotation: Any, value: Any) -> tuple[Bound, Any] | None:
                 return bound, value
         return _broken(inner[0], value)
     if origin in (typing.Union, types.UnionType):
-        found = [_broken(member, value) for member in inner if fits(member, value)]
+        plain = tuple(value) if isinstance(value, list) else value  # files have lists where code has pairs
+        found = [_broken(member, value) for member in inner if fits(member, plain)]
         stated = [] if found else bounds(annotation)
         return (stated[0], value) if stated else None if None in found else next(iter(found), None)
     if isinstance(value, Mapping) and len(inner) == 2:
@@ -229,6 +289,8 @@ def fits(annotation: Any, value: Any) -> bool:
     if annotation is None:
         return value is None
     plain = typing.get_origin(annotation) or annotation
+    if plain is Sequence and isinstance(value, (str, bytes)):
+        return False
     if plain is float:
         return isinstance(value, (int, float))
     return isinstance(value, plain) if isinstance(plain, type) else True

@@ -50,7 +50,7 @@ def test_chunks_are_consecutive_and_learned_projections_have_codebooks_inside() 
     with pytest.raises(ValueError, match="12 channels cannot be cut into 5"):
         Chunk(12, 5)
     for made, sizes in ((Chunk, (12, 0)), (RandomProjection, (12, 0, 4)), (LearnedProjection, (12, 5, -1))):
-        with pytest.raises(ValueError, match="must be 1 or more"):
+        with pytest.raises(ValueError, match="is at least 1"):
             made(*sizes)
 
 
@@ -363,7 +363,7 @@ def test_it_is_saved_with_keys_and_counters(tmp_path: Path) -> None:
         ({"topk": 9}, "topk must lie between 1 and the 8 pairs"),
         ({"topk": 0}, "topk"),
         ({"temperature": -1.0}, "temperature"),
-        ({"unused": "mask"}, "drop or released"),
+        ({"unused": "mask"}, "unused is one of drop, released, got 'mask'"),
         ({"decay": 1.0}, "decay"),
         ({"value_dim": 0}, "value_dim"),
     ],

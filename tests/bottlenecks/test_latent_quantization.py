@@ -77,7 +77,7 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
         with pytest.raises(ValueError, match="indices"):
             bottleneck.embed(index)
     for latents, values in ((0, 10), (2, 0), (2, (3,))):
-        with pytest.raises(ValueError, match="at least one"):
+        with pytest.raises(ValueError, match=r"at least (one|1)"):
             LatentQuantization(latents, values)
     with pytest.raises(ValueError, match="one size"):
         LatentQuantization(2, (3, 4), shared=True)

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused() -> None:
         vq([torch.full((1, 3, 2, 2), torch.nan)])
     with pytest.raises(ValueError, match="power of two, got 3"):
         ConvTokenizer(reduction=3)
-    with pytest.raises(ValueError, match="power of two, got 0"):
+    with pytest.raises(ValueError, match="reduction is at least 1, got 0"):
         ConvDetokenizer(reduction=0)
     with pytest.raises(ValueError, match="multiples of 4, got 6 x 8"):
         ConvTokenizer(reduction=4)(torch.zeros(1, 3, 6, 8))

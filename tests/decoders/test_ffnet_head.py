@@ -57,8 +57,8 @@ def test_serves_encoders_with_fewer_levels(tmp_path: Path) -> None:
     [
         ({"branch": "D"}, "branch is A, B or C"),
         ({"segmentation": "X"}, "segmentation is A"),
-        ({"classes": 0}, "at least one"),
-        ({"divisor": 0}, "divisor must be 1 to 32 for branch B"),
+        ({"classes": 0}, "classes is at least 1, got 0"),
+        ({"divisor": 0}, "divisor is at least 1, got 0"),
         ({"divisor": 1000}, "divisor must be 1 to 32 for branch B"),
     ],
 )

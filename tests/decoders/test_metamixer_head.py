@@ -87,7 +87,7 @@ _THREE = {"main": "conv1", "branches.0": "strip_conv1", "branches.1": "strip_con
     ("make", "message"),
     [
         (lambda: MetaMixerHead((), 5), "levels of [] channels and 5 classes: at least one of each"),
-        (lambda: MetaMixerHead((4,), 0), "0 classes"),
+        (lambda: MetaMixerHead((4,), 0), "num_classes is at least 1, got 0"),
         (lambda: head(token_kernel=8), "must be odd"),
         (lambda: head()(levels()[:2]), "the levels have [4, 6] channels; this head reads [4, 6, 8]"),
     ],

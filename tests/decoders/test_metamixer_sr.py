@@ -78,8 +78,8 @@ def test_published_names_are_told_apart(norm: str | None) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MetaMixerSR(0), "scale 0: it is a whole number of at least 1"),
-        (lambda: MetaMixerSR(1.5), "scale 1.5"),  # type: ignore[arg-type]
+        (lambda: MetaMixerSR(0), "scale is at least 1, got 0"),
+        (lambda: MetaMixerSR(1.5), "scale is a whole number, got 1.5"),  # type: ignore[arg-type]
         (lambda: MetaMixerSR(2, norm="LN"), "norm 'LN': it is 'layer', 'batch' or None"),
         (lambda: MetaMixerSR(2, **TINY)([maps(channels=4)]), "[(2, 4, 6, 9)]; this decoder reads one, (B, 3, H, W)"),
         (lambda: MetaMixerSR(2, **TINY)([maps(channels=3)] * 2), "this decoder reads one"),

@@ -87,7 +87,7 @@ def test_published_names_load() -> None:
         (lambda: FPN(INFO[::-1]), "reductions [16, 8, 4] have to ascend"),
         (lambda: FPN([FeatureInfo(8, 16, "NTC")]), "this encoder gives tokens"),
         (lambda: FPN(INFO, levels=2), "2 levels"),
-        (lambda: FPN(INFO, width=0), "width 0"),
+        (lambda: FPN(INFO, width=0), "width is at least 1, got 0"),
         (lambda: HorFPN(INFO, width=9), "width 9 does not divide by 2, as order 2 needs"),
         (
             lambda: FPN(INFO)(maps((8, 8), (4, 4), (2, 2))[:2]),

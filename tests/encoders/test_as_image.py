@@ -142,16 +142,16 @@ def test_splat_keeps_the_sum_and_stays_in_the_picture() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AudioImage(frames=0), "frames 0"),
-        (lambda: AudioImage(std=0.0), r"std 0\.0"),
+        (lambda: AudioImage(frames=0), "frames is at least 1"),
+        (lambda: AudioImage(std=0.0), "std is above 0"),
         (lambda: AudioImage(16000, hop=1e-5), "at least one sample"),
         (lambda: AudioImage()(torch.zeros(16000)), r"waveforms are \(B, L\), not \(16000,\)"),
         (lambda: AudioImage()(torch.zeros(1, 399)), "at least one frame of 400 samples"),
         (lambda: PointImage(1, size=3), "from 4 pixels to the whole picture"),
         (lambda: PointImage(1, size=32, extent=40), "from 4 pixels to the whole picture"),
-        (lambda: PointImage(1, neighbours=0), "at least one neighbour"),
-        (lambda: SeriesImage(0, 8, 8), "channels 0"),
-        (lambda: SeriesImage(1, 8, 8, calendar=-1), "calendar -1"),
+        (lambda: PointImage(1, neighbours=0), "neighbours is at least 1"),
+        (lambda: SeriesImage(0, 8, 8), "channels is at least 1"),
+        (lambda: SeriesImage(1, 8, 8, calendar=-1), "calendar is at least 0"),
         (lambda: VideoImage()(torch.zeros(1, 3, 8, 8)), r"a clip is \(B, C, T, H, W\)"),
     ],
 )

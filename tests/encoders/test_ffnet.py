@@ -86,7 +86,7 @@ def test_names_that_were_never_published_are_refused(name: str, message: str) ->
 
 
 def test_impossible_bodies_are_refused() -> None:
-    with pytest.raises(ValueError, match="resnet, slim or narrow"):
+    with pytest.raises(ValueError, match="body is one of resnet, slim, narrow"):
         FFNet("wide")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="3 stages"):
         FFNet("narrow", (1, 1, 1, 1))

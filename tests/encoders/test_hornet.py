@@ -213,7 +213,7 @@ def test_filters_of_a_file_are_resized_to_the_model() -> None:
         (lambda: tiny(dims=(8, 16, 20, 32)), "width 20 does not divide by 8, as order 4 needs; near are 16, 24, 32"),
         (lambda: tiny(dims=(8, 16, 24)), "four of each, one a stage"),
         (lambda: tiny(scales=(1, 1)), "four of each, one a stage"),
-        (lambda: tiny(orders=(0, 1, 2, 3)), "order 0"),
+        (lambda: tiny(orders=(0, 1, 2, 3)), "orders is at least 1"),
         (lambda: tiny(kernel=4), "odd kernel"),
         (lambda: tiny(stem_stride=0), "at least 1"),
         (lambda: tiny()(image(channels=4)), "(2, 4, 64, 64); this network takes (B, 3, H, W)"),

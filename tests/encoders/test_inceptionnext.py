@@ -99,7 +99,7 @@ def test_dense_kernel_computes_the_same() -> None:
         (lambda: tiny(dims=(8, 0, 16, 24)), "dims (8, 0, 16, 24): it must be above 0"),
         (lambda: tiny(mlp_ratios=0), "mlp_ratios (0, 0, 0, 0): it must be above 0"),
         (lambda: tiny(drop_path_rate=1.0), "drop_path_rate 1.0: a share that is dropped"),
-        (lambda: tiny(layer_scale=float("nan")), "layer_scale nan"),
+        (lambda: tiny(layer_scale=float("nan")), "layer_scale is a finite number, got nan"),
         (lambda: tiny()(image(channels=4)), "(2, 4, 64, 64); this network takes (B, 3, H, W)"),
         (lambda: tiny()(image(31, 64)), "31x64 pixels; the last stage of this network needs 32"),
         (lambda: tiny().forward_intermediates(image(), output_fmt="NLC"), "'NLC': the maps of a convnet"),

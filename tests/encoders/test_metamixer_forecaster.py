@@ -147,11 +147,11 @@ def test_unused_layers_of_published_checkpoints_are_left_out() -> None:
     ("make", "message"),
     [
         (lambda: MetaMixerForecaster(3, 3, 12), "length 3 and horizon 12: a series is read in patches of 4 values"),
-        (lambda: MetaMixerForecaster(3, 50, 0), "horizon 0"),
+        (lambda: MetaMixerForecaster(3, 50, 0), "horizon is at least 1"),
         (lambda: SeriesEncoder(3, kernels=(50,)), "odd kernel"),
         (lambda: SeriesEncoder(3, kernels=(51,), small_kernels=(4,)), "must be odd"),
         (lambda: SeriesEncoder(3, kernels=(51, 51)), "kernels (51, 51), small_kernels (5,): one of each a stage"),
-        (lambda: SeriesEncoder(3, patch=2, stride=4), "a stride no longer than the patch"),
+        (lambda: SeriesEncoder(3, patch=2, stride=4), "longer than the patch"),
         (lambda: SeriesEncoder(3, **TINY)(series(3)), "(2, 3, 3); this encoder takes (B, 3, L), and at least 4 values"),
         (lambda: SeriesEncoder(2, **TINY)(series()), "(2, 3, 50); this encoder takes (B, 2, L)"),
         (lambda: forecaster()(series(48)), "(2, 3, 48); this network takes (B, 3, 50)"),

@@ -263,13 +263,13 @@ def test_layers_are_grouped_and_some_parameters_are_not_shrunk() -> None:
         ({"num_heads": (1, 2, 2, 5)}, "5 heads do not divide a width of 24"),
         ({"window_size": 4}, "window 4"),
         ({"depths": (1, 1, 1)}, "one entry a stage; they have 4, 3, 4"),
-        ({"bias_mode": "guess"}, "'guess' is neither"),
+        ({"bias_mode": "guess"}, "bias_mode is one of extrapolate, interpolate, got 'guess'"),
         ({"sr_ratios": (8, 4, 0, 1)}, "at least 1"),
-        ({"embed_dims": (8, 0, 16, 24)}, r"embed_dims \(8, 0, 16, 24\): it must be above 0"),
-        ({"patch_size": 0}, "patch_size 0: it must be above 0"),
+        ({"embed_dims": (8, 0, 16, 24)}, "embed_dims is at least 1, got 0"),
+        ({"patch_size": 0}, "patch_size is at least 1, got 0"),
         ({"pretrain_size": (64, -1)}, "pretrain_size"),
-        ({"drop_path_rate": 1.5}, "drop_path_rate 1.5: a share that is dropped"),
-        ({"attn_drop_rate": float("nan")}, "attn_drop_rate nan"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate is from 0 to 1, got 1.5"),
+        ({"attn_drop_rate": float("nan")}, "attn_drop_rate is a finite number, got nan"),
     ],
 )
 def test_impossible_networks_are_refused(change: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def test_an_index_without_weights_is_refused(index: int) -> None:
 
 def test_impossible_sizes_are_refused() -> None:
     for arguments, told in (
-        ((3, 3, 0), "subjects and out_features of 1 or more"),
+        ((3, 3, 0), "subjects is at least 1, got 0"),
         (([3, 4], 3, 3), "one for each of 3 subjects"),
     ):
         with pytest.raises(ValueError, match=told):

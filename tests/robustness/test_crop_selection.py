@@ -169,7 +169,7 @@ def test_says_what_is_wrong() -> None:
         quantise(torch.tensor([float("nan")]))
     with pytest.raises(ValueError, match="no score 'best'"):
         CropSelection(nn.Identity(), 8, score="best")
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="crop is at least 1"):
         CropSelection(nn.Identity(), 0)
     with pytest.raises(ValueError, match="leave out the window"):
         CropSelection(nn.Identity(), 8, window=3, cyclic=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.bottlenecks.splitters import Chunk, LearnedProjection, RandomProjection
+from isthmus.bounds import Count, NonNegative, Share, checked
 from isthmus.codec import Code, part
 from isthmus.codec.checkpoints import Checkpoint
 from isthmus.codec.published import Published
@@ -46,6 +47,7 @@ class Lookup(NamedTuple):
 
 
 @part
+@checked
 class KeyValueBottleneck(nn.Module):
     """Replaces an embedding by the values whose keys it is nearest to.
 
@@ -86,27 +88,21 @@ class KeyValueBottleneck(nn.Module):
     def __init__(
         self,
         splitter: nn.Module,
-        pairs: int,
-        value_dim: int,
-        topk: int = 1,
-        temperature: float = 0.0,
+        pairs: Count,
+        value_dim: Count,
+        topk: Count = 1,
+        temperature: NonNegative = 0.0,
         unused: Literal["drop", "released"] = "drop",
-        value_std: float = 0.0,
-        decay: float = 0.95,
-        eps: float = 1e-5,
-        dead: float = 0.1,
+        value_std: NonNegative = 0.0,
+        decay: Share = 0.95,
+        eps: NonNegative = 1e-5,
+        dead: NonNegative = 0.1,
         revive: Literal["whole", "released"] = "whole",
         level: int = -1,
     ) -> None:
         super().__init__()
         if not 1 <= topk <= pairs:
             raise ValueError(f"topk must lie between 1 and the {pairs} pairs of a codebook, got {topk}.")
-        if temperature < 0 or dead < 0 or value_dim < 1:
-            raise ValueError(
-                f"temperature and dead must be 0 or more, value_dim 1 or more, got {temperature}, {dead}, {value_dim}."
-            )
-        if unused not in ("drop", "released"):
-            raise ValueError(f"unused is drop or released, got {unused!r}.")
         self.splitter: Any = splitter
         self.codebooks, self.num_codes, self.topk = int(self.splitter.codebooks), pairs, topk
         self.temperature, self.unused, self.value_std = temperature, unused, value_std

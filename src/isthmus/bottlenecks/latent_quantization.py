@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.bottlenecks.latents import LatentHead
+from isthmus.bounds import Count, NonNegative, checked
 from isthmus.codec import Code, part
 from isthmus.layers.straight_through import straight_through
 
 
 @part
+@checked
 class LatentQuantization(nn.Module):
     """One table of scalars a latent; the decoder sees the nearest values, gradients pass straight to the encoder.
 
@@ -48,11 +50,11 @@ class LatentQuantization(nn.Module):
 
     def __init__(
         self,
-        latents: int,
-        values: int | Sequence[int] = 10,
-        channels: int | None = None,
-        quantization: float = 0.01,
-        commitment: float = 0.01,
+        latents: Count,
+        values: Count | Sequence[Count] = 10,
+        channels: Count | None = None,
+        quantization: NonNegative = 0.01,
+        commitment: NonNegative = 0.01,
         learned: bool = True,
         shared: bool = False,
     ) -> None:

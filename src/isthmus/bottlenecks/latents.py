@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, NonNegative, Positive, checked
 from isthmus.codec import Code, part
 from isthmus.layers.pool import as_tokens
 from isthmus.layers.straight_through import straight_through
@@ -52,6 +53,7 @@ class LatentHead(nn.Module):
 
 
 @part
+@checked
 class PlainLatents(nn.Module):
     """Latents as they are, those of an ordinary autoencoder.
 
@@ -62,7 +64,7 @@ class PlainLatents(nn.Module):
     Shapes: ``[(B, L)]`` → the same.
     """
 
-    def __init__(self, latents: int, channels: int | None = None) -> None:
+    def __init__(self, latents: Count, channels: Count | None = None) -> None:
         super().__init__()
         self.latents = latents
         self.head = LatentHead(latents, channels)
@@ -74,6 +76,7 @@ class PlainLatents(nn.Module):
 
 
 @part
+@checked
 class GaussianLatents(nn.Module):
     """Latents of a variational autoencoder: a mean and a variance each, sampled in training, the mean otherwise.
 
@@ -97,12 +100,12 @@ class GaussianLatents(nn.Module):
 
     def __init__(
         self,
-        latents: int,
-        beta: float = 4.0,
-        channels: int | None = None,
+        latents: Count,
+        beta: NonNegative = 4.0,
+        channels: Count | None = None,
         total_correlation: bool = False,
-        samples: int = 0,
-        scale: float = 1.0,
+        samples: Natural = 0,
+        scale: Positive = 1.0,
     ) -> None:
         super().__init__()
         if total_correlation and samples < 1:
@@ -135,6 +138,7 @@ class GaussianLatents(nn.Module):
 
 
 @part
+@checked
 class FSQ(nn.Module):
     """Finite scalar quantisation: latents are bounded by tanh and rounded to a fixed grid of ``values`` levels.
 
@@ -155,9 +159,9 @@ class FSQ(nn.Module):
 
     def __init__(
         self,
-        latents: int,
-        values: int | Sequence[int] = 10,
-        channels: int | None = None,
+        latents: Count,
+        values: Count | Sequence[Count] = 10,
+        channels: Count | None = None,
         normalise: bool = False,
     ) -> None:
         super().__init__()

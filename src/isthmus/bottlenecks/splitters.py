@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import part
 
 
 @part
+@checked
 class RandomProjection(nn.Module):
     """A fixed random projection for every codebook; each number of a query weighs the whole embedding, with norm 1.
 
@@ -27,9 +29,8 @@ class RandomProjection(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, channels: int, codebooks: int, dim: int) -> None:
+    def __init__(self, channels: Count, codebooks: Count, dim: Count) -> None:
         super().__init__()
-        _check(channels, codebooks, dim)
         self.channels, self.codebooks, self.dim = channels, codebooks, dim
         self.register_buffer("weight", F.normalize(torch.randn(codebooks, channels, dim), dim=1))
 
@@ -39,6 +40,7 @@ class RandomProjection(nn.Module):
 
 
 @part
+@checked
 class Chunk(nn.Module):
     """Channels cut into consecutive blocks, one for every codebook.
 
@@ -50,9 +52,8 @@ class Chunk(nn.Module):
         ValueError: the channels cannot be cut so.
     """
 
-    def __init__(self, channels: int, codebooks: int) -> None:
+    def __init__(self, channels: Count, codebooks: Count) -> None:
         super().__init__()
-        _check(channels, codebooks)
         if channels % codebooks:
             raise ValueError(
                 f"{channels} channels cannot be cut into {codebooks} equal chunks; give a divisor of {channels}, or "
@@ -66,6 +67,7 @@ class Chunk(nn.Module):
 
 
 @part
+@checked
 class LearnedProjection(nn.Module):
     """One linear layer, whose output is ordered with the numbers of a query outside, codebooks inside.
 
@@ -81,19 +83,11 @@ class LearnedProjection(nn.Module):
         ValueError: one of the numbers is below 1.
     """
 
-    def __init__(self, channels: int, codebooks: int, dim: int, bias: bool = False) -> None:
+    def __init__(self, channels: Count, codebooks: Count, dim: Count, bias: bool = False) -> None:
         super().__init__()
-        _check(channels, codebooks, dim)
         self.channels, self.codebooks, self.dim = channels, codebooks, dim
         self.proj = nn.Linear(channels, dim * codebooks, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, N, D)`` to ``(B, C, N, K)``."""
         return self.proj(x).unflatten(-1, (self.dim, self.codebooks)).permute(0, 3, 1, 2)
-
-
-def _check(channels: int, codebooks: int, dim: int = 1) -> None:
-    if min(channels, codebooks, dim) < 1:
-        raise ValueError(
-            f"channels, codebooks and the width of a query must be 1 or more, got {channels}, {codebooks}, {dim}."
-        )

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, NonNegative, Share, checked
 from isthmus.codec import Code, part
 from isthmus.layers.codebook import EMACodebook
 from isthmus.layers.straight_through import straight_through
 
 
 @part
+@checked
 class VQ(nn.Module):
     """Replaces every vector of a pyramid of one level by the nearest code; gradients pass straight through.
 
@@ -44,7 +46,12 @@ class VQ(nn.Module):
     started: Tensor
 
     def __init__(
-        self, codes: int, dim: int, commitment: float = 0.25, decay: float = 0.97, threshold: float = 0.5
+        self,
+        codes: Count,
+        dim: Count,
+        commitment: NonNegative = 0.25,
+        decay: Share = 0.97,
+        threshold: NonNegative = 0.5,
     ) -> None:
         super().__init__()
         if codes < 2:

@@ -21,6 +21,7 @@ from isthmus.codec.contracts import (
     Turn,
     call_part,
     conditions_of,
+    feature_levels,
 )
 from isthmus.codec.errors import UserError, extra
 from isthmus.codec.files import load_weights, save_weights, write_atomically
@@ -48,6 +49,7 @@ __all__ = [
     "conditions_of",
     "create_timm",
     "extra",
+    "feature_levels",
     "load_weights",
     "part",
     "replaces",

@@ -20,6 +20,22 @@ class FeatureInfo(NamedTuple):
     format: str = "NCHW"  # or "NTC": (batch, tokens, channels)
 
 
+def feature_levels(feature_info: Iterable[Any]) -> list[FeatureInfo]:
+    """The levels of an encoder, or of lists as a model file has them.
+
+    Raises:
+        ValueError: something that is no level.
+    """
+    levels = []
+    for level in feature_info:
+        if not isinstance(level, Sequence) or isinstance(level, str) or len(level) not in (2, 3):
+            raise ValueError(f"feature_info has a FeatureInfo(channels, reduction) a level, got {level!r}.")
+        levels.append(FeatureInfo(*level))
+        if not all(isinstance(n, int) and n > 0 for n in level[:2]):
+            raise ValueError(f"feature_info has channels and reductions of at least 1, got {level!r}.")
+    return levels
+
+
 @dataclass
 class Code:
     """What a bottleneck lets through.

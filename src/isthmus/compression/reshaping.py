@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from isthmus.bounds import checked
 from isthmus.codec import UserError, load_weights, part
 
 #: Whole numbers that layers keep beside the shapes of their tensors.
@@ -97,6 +98,7 @@ def reshape(model: nn.Module, shapes: Mapping[str, Mapping[str, Any]], source: s
 
 
 @part
+@checked
 class Reshaped(nn.Module):
     """A network some of whose layers are narrower than its constructor makes them, so that a file can describe it.
 

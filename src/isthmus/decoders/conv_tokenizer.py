@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, checked
 from isthmus.codec import part
 from isthmus.layers.conv_block import ResidualBlock, width_of
 
 
 @part
+@checked
 class ConvDetokenizer(nn.Module):
     """One map to an image; every doubling repeats pixels and convolves, which leaves no checkerboard.
 
@@ -25,9 +27,11 @@ class ConvDetokenizer(nn.Module):
         ValueError: a reduction that is no power of two, or a pyramid of another form.
     """
 
-    def __init__(self, dim: int = 16, reduction: int = 2, width: int = 32, depth: int = 1, channels: int = 3) -> None:
+    def __init__(
+        self, dim: Count = 16, reduction: Count = 2, width: Count = 32, depth: Natural = 1, channels: Count = 3
+    ) -> None:
         super().__init__()
-        if reduction < 1 or reduction & (reduction - 1):
+        if reduction & (reduction - 1):
             raise ValueError(f"reduction must be a power of two, got {reduction}.")
         self.dim = dim
         last = reduction.bit_length() - 1

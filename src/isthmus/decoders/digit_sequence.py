@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Share, checked
 from isthmus.codec import part
 from isthmus.layers.pool import as_tokens
 
@@ -45,6 +46,7 @@ class Reading(NamedTuple):
 
 
 @part
+@checked
 class DigitSequence(nn.Module):
     """Length and digit heads on one level of any encoder.
 
@@ -66,18 +68,16 @@ class DigitSequence(nn.Module):
 
     def __init__(
         self,
-        channels: int,
-        max_digits: int = 5,
-        classes: int = 10,
-        grid: int | Sequence[int] = 4,
-        hidden: Sequence[int] = (),
-        dropout: float = 0.0,
+        channels: Count,
+        max_digits: Count = 5,
+        classes: Count = 10,
+        grid: Count | Sequence[Count] = 4,
+        hidden: Sequence[Count] = (),
+        dropout: Share = 0.0,
         level: int = -1,
     ) -> None:
         super().__init__()
         rows, columns = (grid, grid) if isinstance(grid, int) else grid
-        if min(max_digits, classes, rows, columns) < 1:
-            raise ValueError(f"digits, classes and grid must be at least 1, got {max_digits}, {classes} and {grid}.")
         self.max_digits, self.classes, self.level = max_digits, classes, level
         self.channels, self.pool = channels, nn.AdaptiveAvgPool2d((rows, columns))
         self._cells = rows * columns
@@ -189,6 +189,7 @@ class _Nothing(nn.Module):
 
 
 @part
+@checked
 class AbsentDigits(nn.Module):
     """The baseline of many ports: no length head, and in every place an eleventh class, "there is no digit here".
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Share, checked
 from isthmus.codec import Codec, UserError, build, part, spec_of
 from isthmus.codec.checkpoints import Checkpoint, load_into
 from isthmus.codec.published import Published, with_encoder
@@ -117,6 +118,7 @@ class _Head(nn.Module):
 
 
 @part
+@checked
 class FFNetHead(_Head):
     """Segmentation logits from up to four levels of any encoder.
 
@@ -134,12 +136,12 @@ class FFNetHead(_Head):
 
     def __init__(
         self,
-        channels: Sequence[int],
-        classes: int,
+        channels: Sequence[Count],
+        classes: Count,
         branch: str = "B",
         segmentation: str = "B",
         mobile: bool = False,
-        divisor: int = 1,
+        divisor: Count = 1,
     ) -> None:
         super().__init__(channels, branch, mobile, divisor)
         if segmentation not in SEGMENTATIONS:
@@ -162,6 +164,7 @@ class FFNetHead(_Head):
 
 
 @part
+@checked
 class FFNetClassifier(_Head):
     """The head that backbones are pre-trained with: up-branch, then down again with a bottleneck for every level.
 
@@ -176,12 +179,12 @@ class FFNetClassifier(_Head):
 
     def __init__(
         self,
-        channels: Sequence[int],
-        classes: int,
+        channels: Sequence[Count],
+        classes: Count,
         branch: str = "A",
         mobile: bool = False,
-        dropout: float = 0.0,
-        divisor: int = 1,
+        dropout: Share = 0.0,
+        divisor: Count = 1,
     ) -> None:
         super().__init__(channels, branch, mobile, divisor)
         outs = [w // divisor for w in _CLASSIFIER[: len(channels)]]

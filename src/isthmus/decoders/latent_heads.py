@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import part
 
 
@@ -59,6 +60,7 @@ class TimeMean(nn.Module):
 
 
 @part
+@checked
 class LatentHeads(nn.Module):
     """Tokens ``[(B, T, C)]`` to :class:`Latents` of F numbers.
 
@@ -77,13 +79,13 @@ class LatentHeads(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        features: int,
-        length: int | None = None,
+        in_channels: Count,
+        features: Count,
+        length: Count | None = None,
         aggregation: Literal["linear", "attention", "mean"] = "linear",
         two: bool = False,
-        hidden: int | None = None,
-        attention_hidden: int = 256,
+        hidden: Count | None = None,
+        attention_hidden: Count = 256,
     ) -> None:
         super().__init__()
         if aggregation == "linear" and not length:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import part
 
 
 @part
+@checked
 class LatentPainter(nn.Module):
     """Latents ``(B, F)`` → pictures ``(B, 3, size, size)`` in [0, 1]: a linear map to a coarse grid, then upsampling.
 
@@ -21,7 +23,7 @@ class LatentPainter(nn.Module):
         ValueError: a size that 8 does not divide.
     """
 
-    def __init__(self, features: int, size: int = 24, width: int = 48) -> None:
+    def __init__(self, features: Count, size: Count = 24, width: Count = 48) -> None:
         super().__init__()
         if size % 8 or size < 8:
             raise ValueError(f"size must be a multiple of 8, got {size}.")

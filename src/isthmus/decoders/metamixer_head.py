@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Positive, Share, checked
 from isthmus.codec import Codec, build, part
 from isthmus.codec.checkpoints import Checkpoint, load_into
 from isthmus.codec.published import Published, with_encoder
@@ -36,6 +37,7 @@ from isthmus.layers.metamixer import (
 
 
 @part
+@checked
 class MetaMixerHead(nn.Module):
     """A pyramid to scores of classes on its finest level.
 
@@ -60,16 +62,16 @@ class MetaMixerHead(nn.Module):
 
     def __init__(
         self,
-        in_channels: Sequence[int],
-        num_classes: int,
-        width: int = 256,
-        depth: int = 3,
-        token_kernel: int = 9,
-        channel_kernel: int = 9,
-        ratio: float = 4,
-        final_ratio: int = 4,
-        drop_rate: float = 0.1,
-        drop_path_rate: float = 0.0,
+        in_channels: Sequence[Count],
+        num_classes: Count,
+        width: Count = 256,
+        depth: Count = 3,
+        token_kernel: Count = 9,
+        channel_kernel: Count = 9,
+        ratio: Positive = 4,
+        final_ratio: Natural = 4,
+        drop_rate: Share = 0.1,
+        drop_path_rate: Share = 0.0,
         deploy: bool = False,
     ) -> None:
         super().__init__()

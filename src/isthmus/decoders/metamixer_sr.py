@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Positive, checked
 from isthmus.codec import Codec, build, part
 from isthmus.codec.checkpoints import Checkpoint, load_into
 from isthmus.codec.published import Published
@@ -29,6 +30,7 @@ from isthmus.layers.reparam import check_mergeable, fuse_norm
 
 
 @part
+@checked
 class MetaMixerSR(nn.Module):
     """An image to one ``scale`` times as large.
 
@@ -49,16 +51,14 @@ class MetaMixerSR(nn.Module):
 
     def __init__(
         self,
-        scale: int = 2,
-        dim: int = 96,
-        depth: int = 48,
-        ratio: float = 2,
+        scale: Count = 2,
+        dim: Count = 96,
+        depth: Count = 48,
+        ratio: Positive = 2,
         norm: str | None = None,
-        channels: int = 3,
+        channels: Count = 3,
     ) -> None:
         super().__init__()
-        if scale < 1 or int(scale) != scale:
-            raise ValueError(f"scale {scale}: it is a whole number of at least 1.")
         if norm not in (None, "layer", "batch"):
             raise ValueError(f"norm {norm!r}: it is 'layer', 'batch' or None.")
         self.scale, self.channels = int(scale), channels

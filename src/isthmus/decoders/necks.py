@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from isthmus.codec import FeatureInfo, part
+from isthmus.bounds import Count, checked
+from isthmus.codec import FeatureInfo, feature_levels, part
 from isthmus.layers.gnconv import GnConv, Pair
 
 Info = Sequence[FeatureInfo] | Sequence[Sequence[int]]
 
 
 @part
+@checked
 class FPN(nn.Module):
     """1x1 convolutions to one width, from coarse to fine the sum with the nearest coarser cells, then 3x3 ones.
 
@@ -45,7 +47,7 @@ class FPN(nn.Module):
             has; and for features that are not those described.
     """
 
-    def __init__(self, feature_info: Info, width: int = 256, levels: int | None = None) -> None:
+    def __init__(self, feature_info: Info, width: Count = 256, levels: Count | None = None) -> None:
         super().__init__()
         self.inputs = _checked(feature_info)
         count = len(self.inputs) if levels is None else levels
@@ -72,6 +74,7 @@ class FPN(nn.Module):
 
 
 @part
+@checked
 class HorFPN(FPN):
     """The pyramid network with a g^n Conv in the place of every 3x3 convolution.
 
@@ -94,13 +97,13 @@ class HorFPN(FPN):
     def __init__(
         self,
         feature_info: Info,
-        width: int = 256,
-        levels: int | None = None,
-        order: int = 2,
-        kernel: int = 7,
+        width: Count = 256,
+        levels: Count | None = None,
+        order: Count = 2,
+        kernel: Count = 7,
         scale: float = 1.0,
         filter: Pair | None = None,
-        ratio: int = 1,
+        ratio: Count = 1,
         project_out: bool = True,
     ) -> None:
         super().__init__(feature_info, width, levels)
@@ -147,7 +150,7 @@ class _Pooled(ExtraFPNBlock):
 
 
 def _checked(feature_info: Any) -> list[FeatureInfo]:
-    levels = [FeatureInfo(*level) for level in feature_info]
+    levels = feature_levels(feature_info)
     if not levels:
         raise ValueError("the encoder has no levels.")
     if any(level.format != "NCHW" for level in levels):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, NonNegative, checked
 from isthmus.codec import part
 from isthmus.codec.checkpoints import Checkpoint
 from isthmus.codec.published import Published
@@ -23,6 +24,7 @@ from isthmus.layers.pool import as_tokens
 
 
 @part
+@checked
 class LinearProbe(nn.Module):
     """One linear layer on the mean over cells or tokens, or on one token.
 
@@ -37,11 +39,11 @@ class LinearProbe(nn.Module):
 
     def __init__(
         self,
-        channels: int,
-        classes: int,
+        channels: Count,
+        classes: Count,
         token: int | None = None,
         norm: bool = True,
-        eps: float = 1e-5,
+        eps: NonNegative = 1e-5,
         level: int = -1,
     ) -> None:
         super().__init__()
@@ -58,6 +60,7 @@ class LinearProbe(nn.Module):
 
 
 @part
+@checked
 class PooledProbe(nn.Module):
     """RotNet's linear classifier: pool to a grid, batch norm without parameters, one linear layer on all cells.
 
@@ -69,7 +72,7 @@ class PooledProbe(nn.Module):
         level: which entry of the pyramid.
     """
 
-    def __init__(self, channels: int, classes: int, grid: int, average: bool = False, level: int = -1) -> None:
+    def __init__(self, channels: Count, classes: Count, grid: Count, average: bool = False, level: int = -1) -> None:
         super().__init__()
         self.level = level
         self.pool = nn.AdaptiveAvgPool2d(grid) if average else nn.AdaptiveMaxPool2d(grid)
@@ -83,6 +86,7 @@ class PooledProbe(nn.Module):
 
 
 @part
+@checked
 class NonLinearProbe(nn.Module):
     """RotNet's non-linear classifier: two hidden linear layers with batch norm and ReLU on all values of the map.
 
@@ -96,7 +100,7 @@ class NonLinearProbe(nn.Module):
         level: which entry of the pyramid.
     """
 
-    def __init__(self, values: int, classes: int, hidden: int | None = None, level: int = -1) -> None:
+    def __init__(self, values: Count, classes: Count, hidden: Count | None = None, level: int = -1) -> None:
         super().__init__()
         self.level = level
         hidden = min(20 * classes, 2048) if hidden is None else hidden
@@ -110,6 +114,7 @@ class NonLinearProbe(nn.Module):
 
 
 @part
+@checked
 class ConvProbe(nn.Module):
     """RotNet's convolutional classifier: one more Network-in-Network block, global average pooling, one linear layer.
 
@@ -120,7 +125,7 @@ class ConvProbe(nn.Module):
         level: which entry of the pyramid.
     """
 
-    def __init__(self, channels: int, classes: int, width: int = 192, level: int = -1) -> None:
+    def __init__(self, channels: Count, classes: Count, width: Count = 192, level: int = -1) -> None:
         super().__init__()
         self.level = level
         self.block = nn.Sequential(
@@ -135,6 +140,7 @@ class ConvProbe(nn.Module):
 
 
 @part
+@checked
 class AlexNetProbe(nn.Module):
     """RotNet's ImageNet classifier on AlexNet's conv4 or conv5: what would have followed in the network itself.
 
@@ -149,11 +155,11 @@ class AlexNetProbe(nn.Module):
 
     def __init__(
         self,
-        channels: int = 256,
-        classes: int = 1000,
-        side: int = 13,
+        channels: Count = 256,
+        classes: Count = 1000,
+        side: Count = 13,
         conv: bool = False,
-        width: int = 4096,
+        width: Count = 4096,
         level: int = -1,
     ) -> None:
         super().__init__()
@@ -171,6 +177,7 @@ class AlexNetProbe(nn.Module):
 
 
 @part
+@checked
 class AttentiveProbe(nn.Module):
     """One learned query that looks at all tokens by cross-attention, batch norm without parameters, one linear layer.
 
@@ -188,7 +195,9 @@ class AttentiveProbe(nn.Module):
         ValueError: ``num_heads`` does not divide ``channels``.
     """
 
-    def __init__(self, channels: int, classes: int, num_heads: int = 8, eps: float = 1e-6, level: int = -1) -> None:
+    def __init__(
+        self, channels: Count, classes: Count, num_heads: Count = 8, eps: NonNegative = 1e-6, level: int = -1
+    ) -> None:
         super().__init__()
         if channels % num_heads:
             raise ValueError(f"num_heads must divide channels; {num_heads} does not divide {channels}.")

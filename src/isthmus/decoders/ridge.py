@@ -18,10 +18,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, NonNegative, checked
 from isthmus.codec import part
 
 
 @part
+@checked
 class Ridge(nn.Module):
     """Linear regression with a penalty ``α ‖w‖²`` and an intercept that is not penalised.
 
@@ -45,7 +47,10 @@ class Ridge(nn.Module):
     alphas: Tensor
 
     def __init__(
-        self, alpha: float | Sequence[float] = 1.0, in_features: int | None = None, out_features: int | None = None
+        self,
+        alpha: NonNegative | Sequence[NonNegative] = 1.0,
+        in_features: Count | None = None,
+        out_features: Count | None = None,
     ) -> None:
         super().__init__()
         grid = [float(alpha)] if isinstance(alpha, (int, float)) else [float(a) for a in alpha]

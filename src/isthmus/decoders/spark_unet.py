@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from isthmus.codec import Condition, FeatureInfo, part
+from isthmus.bounds import Count, checked
+from isthmus.codec import Condition, FeatureInfo, feature_levels, part
 
 #: Channels from which nine small matrix products over visible rows beat one convolution of the filled map (on a CPU).
 ROWS_PAY = 192
@@ -44,6 +45,7 @@ Info = Sequence[Any]  # of FeatureInfo, or of lists as a model file has them
 
 
 @part
+@checked
 class Densify(nn.Module):
     """Fill the hidden places of every scale with a learned token, then project to the decoder's widths. A neck.
 
@@ -63,7 +65,7 @@ class Densify(nn.Module):
 
     conditions = frozenset({"visible"})
 
-    def __init__(self, feature_info: Info, width: int = 768, norm: str = "batch", fused: bool = True) -> None:
+    def __init__(self, feature_info: Info, width: Count = 768, norm: str = "batch", fused: bool = True) -> None:
         super().__init__()
         levels = _check_pyramid(feature_info)
         norms = {"batch": nn.BatchNorm2d, "layer": partial(nn.LayerNorm, eps=1e-6), "none": nn.Identity}
@@ -141,6 +143,7 @@ class Densify(nn.Module):
 
 
 @part
+@checked
 class SparKUNet(nn.Module):
     """LightDecoder of SparK for any pyramid of powers of two: image-sized prediction from coarse to fine.
 
@@ -167,10 +170,10 @@ class SparKUNet(nn.Module):
     def __init__(
         self,
         feature_info: Info,
-        width: int = 768,
+        width: Count = 768,
         norm: str = "batch",
-        output_stride: int = 1,
-        channels: int = 3,
+        output_stride: Count = 1,
+        channels: Count = 3,
         fused: bool = True,
     ) -> None:
         super().__init__()
@@ -188,6 +191,7 @@ class SparKUNet(nn.Module):
         self.output_stride = output_stride
         self.densify = Densify(feature_info, width, norm, fused)
         self.blocks = nn.ModuleList(UpBlock(width >> k, fused) for k in range(depth))
+        self.channels = channels
         self.proj = nn.Conv2d(width >> depth, channels * output_stride**2, 1)
         for module in [*self.blocks.modules(), self.proj]:
             if isinstance(module, nn.Conv2d):
@@ -344,7 +348,7 @@ def _project_rows(rows: Tensor, token: Tensor, places: Tensor, hidden: Tensor, c
 
 
 def _check_pyramid(feature_info: Info) -> list[FeatureInfo]:
-    levels = [FeatureInfo(*level) for level in feature_info]
+    levels = feature_levels(feature_info)
     reductions = [level.reduction for level in levels]
     if not levels:
         raise ValueError("the encoder has no levels.")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import part
 
 #: The published "style_image" decoder and its small version.
@@ -55,6 +56,7 @@ class StyleBlock(nn.Module):
 
 
 @part
+@checked
 class StyleDecoder(nn.Module):
     """Latents to the logits of a picture.
 
@@ -75,14 +77,14 @@ class StyleDecoder(nn.Module):
 
     def __init__(
         self,
-        latents: int,
-        size: int = 64,
-        channels: int = 3,
-        widths: Sequence[int] = IMAGE["widths"],
-        kernels: Sequence[int] = IMAGE["kernels"],
-        strides: Sequence[int] = IMAGE["strides"],
-        dense: Sequence[int] = IMAGE["dense"],
-        start: int = IMAGE["start"],
+        latents: Count,
+        size: Count = 64,
+        channels: Count = 3,
+        widths: Sequence[Count] = IMAGE["widths"],
+        kernels: Sequence[Count] = IMAGE["kernels"],
+        strides: Sequence[Count] = IMAGE["strides"],
+        dense: Sequence[Count] = IMAGE["dense"],
+        start: Count = IMAGE["start"],
     ) -> None:
         super().__init__()
         if not len(widths) == len(kernels) == len(strides) > 0:
@@ -154,6 +156,7 @@ class StyleBack(nn.Module):
 
 
 @part
+@checked
 class DenseDecoder(nn.Module):
     """Latents, dense layers with ReLU, and a linear map to the logits of all pixels: for pictures of a few pixels.
 
@@ -169,7 +172,9 @@ class DenseDecoder(nn.Module):
         ValueError: another number of latents.
     """
 
-    def __init__(self, latents: int, size: int = 16, channels: int = 3, widths: Sequence[int] = (256, 256)) -> None:
+    def __init__(
+        self, latents: Count, size: Count = 16, channels: Count = 3, widths: Sequence[Count] = (256, 256)
+    ) -> None:
         super().__init__()
         self.latents, self.shape = latents, (channels, size, size)
         layers, now = [], latents

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Share, checked
 from isthmus.codec import part
 from isthmus.layers.pool import as_tokens
 
 
 @part
+@checked
 class Vote(nn.Module):
     """The mean over codebooks and tokens of values that are as wide as there are classes: logits.
 
@@ -19,7 +21,7 @@ class Vote(nn.Module):
         level: which entry of the pyramid is read.
     """
 
-    def __init__(self, classes: int, dropout: float = 0.0, level: int = -1) -> None:
+    def __init__(self, classes: Count, dropout: Share = 0.0, level: int = -1) -> None:
         super().__init__()
         self.classes, self.level = classes, level
         self.drop = nn.Dropout1d(dropout)
@@ -41,6 +43,7 @@ class Vote(nn.Module):
 
 
 @part
+@checked
 class FlatHead(nn.Module):
     """A linear layer, or two with a ReLU between, on all numbers of a level laid out flat.
 
@@ -53,7 +56,7 @@ class FlatHead(nn.Module):
     """
 
     def __init__(
-        self, values: int, classes: int, hidden: int | None = None, bias: bool = True, level: int = -1
+        self, values: Count, classes: Count, hidden: Count | None = None, bias: bool = True, level: int = -1
     ) -> None:
         super().__init__()
         self.level = level

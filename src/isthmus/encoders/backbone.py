@@ -8,10 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import FeatureInfo, UserError, create_timm, part
 
 
 @part
+@checked
 class Backbone(nn.Module):
     """A timm model whose ``forward`` returns maps ``(B, C, H, W)``, finest first.
 
@@ -27,7 +29,7 @@ class Backbone(nn.Module):
         UserError: an unknown timm name, or a reduction that the model does not have.
     """
 
-    def __init__(self, model: nn.Module | str, reductions: Sequence[int] | None = None, **timm_kwargs: Any) -> None:
+    def __init__(self, model: nn.Module | str, reductions: Sequence[Count] | None = None, **timm_kwargs: Any) -> None:
         super().__init__()
         if isinstance(model, str):
             model = create_timm(model.removeprefix("timm:"), **timm_kwargs)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, NonNegative, Share, checked
 from isthmus.codec import part
 
 Metric = Literal["euclidean", "dot", "cosine"]
@@ -159,6 +160,7 @@ def check_finite(x: Tensor, whose: str) -> None:
 
 
 @part
+@checked
 class EMACodebook(nn.Module):
     """Codes that move to the average of the vectors they win, without gradients (VQ-VAE, appendix A.1).
 
@@ -191,22 +193,18 @@ class EMACodebook(nn.Module):
 
     def __init__(
         self,
-        size: int,
-        dim: int,
-        groups: int | None = None,
-        decay: float = 0.99,
-        eps: float = 1e-5,
-        threshold: float = 0.0,
+        size: Count,
+        dim: Count,
+        groups: Count | None = None,
+        decay: Share = 0.99,
+        eps: NonNegative = 1e-5,
+        threshold: NonNegative = 0.0,
         revive: Literal["whole", "released"] = "whole",
         metric: Metric = "euclidean",
     ) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}.")
-        if min(size, dim, groups or 1) < 1:
-            raise ValueError(f"size, dim and groups must be 1 or more, got {size}, {dim} and {groups}.")
-        if revive not in ("whole", "released"):
-            raise ValueError(f"revive is whole or released, got {revive!r}.")
         self.decay, self.eps, self.threshold, self.revive = decay, eps, threshold, revive
         self.metric: Metric = metric
         lead = (size,) if groups is None else (groups, size)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor, nn
+
+from isthmus.bounds import one_of
+
+#: timm's names of global poolings; the empty one keeps the map.
+Pooling = Annotated[
+    str,
+    one_of(("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")),
+]
 
 
 def as_tokens(level: Tensor) -> Tensor:

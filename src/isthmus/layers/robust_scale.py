@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, NonNegative, Positive, checked
 from isthmus.codec import part
 
 
@@ -23,6 +24,7 @@ def baseline(signal: Tensor, times: Tensor, start: float = -torch.inf, stop: flo
 
 
 @part
+@checked
 class RobustScale(nn.Module):
     """``clip((x - median) / interquartile range)``, fitted for each channel of each recording.
 
@@ -37,7 +39,9 @@ class RobustScale(nn.Module):
     centre: Tensor
     scale: Tensor
 
-    def __init__(self, channels: int, recordings: int = 1, clip: float = 20.0, floor: float = 1e-3) -> None:
+    def __init__(
+        self, channels: Count, recordings: Count = 1, clip: NonNegative = 20.0, floor: Positive = 1e-3
+    ) -> None:
         super().__init__()
         self.clip, self.floor, self.fitted = clip, floor, False
         self.register_buffer("centre", torch.zeros(recordings, channels))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Share, checked
 from isthmus.codec import part
 
 SOMEBODY_ELSE = -1
@@ -19,6 +20,7 @@ SOMEBODY_ELSE = -1
 
 
 @part
+@checked
 class SubjectLinear(nn.Module):
     """Linear map ``(B, C)`` → ``(B, D)`` or ``(B, C, T)`` → ``(B, D, T)`` with weights of each sample's subject.
 
@@ -40,11 +42,11 @@ class SubjectLinear(nn.Module):
 
     def __init__(
         self,
-        in_features: int | Sequence[int],
-        out_features: int,
-        subjects: int,
+        in_features: Count | Sequence[Count],
+        out_features: Count,
+        subjects: Count,
         bias: bool = False,
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
         identity: bool = False,
     ) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ At the end of the file: the names of published checkpoints, both ways.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from isthmus.bounds import checked
 from isthmus.codec import Loss, part
 from isthmus.layers.masking import normalise_patches, patchify, random_mask, unpatchify
 from isthmus.layers.sparse_conv import sparse_features
@@ -26,6 +28,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @part
+@checked
 class SparK(nn.Module):
     """Hide patches, predict them. ``SparK(encoder, decoder)(batch, generator).loss`` is what to minimise.
 
@@ -40,7 +43,8 @@ class SparK(nn.Module):
             that sees hidden pixels as zeros.
 
     Raises:
-        ValueError: a ratio outside (0, 1), an unknown mode, or a decoder made for another pyramid.
+        ValueError: a ratio outside (0, 1), an unknown mode, a decoder made for another pyramid, or a mean, a deviation
+            or a decoder for images of other channels than the encoder's.
     """
 
     encoder: Any
@@ -62,6 +66,7 @@ class SparK(nn.Module):
             raise ValueError(f"the mask ratio is {ratio}; it is the share of hidden patches, between 0 and 1.")
         if mode not in ("auto", "tiled", "masked", "zeroed"):
             raise ValueError(f'mode is {mode!r}; it is "auto", "tiled", "masked" or "zeroed".')
+        _check_channels(encoder, decoder, mean, std)
         info = cast(Any, encoder).feature_info
         made_for = getattr(getattr(decoder, "densify", None), "input_info", None)
         if made_for is not None and [tuple(i)[:2] for i in made_for] != [tuple(i)[:2] for i in info]:
@@ -153,6 +158,25 @@ class SparK(nn.Module):
         self.eval()
         normal = self.normalise(image)
         return self.draw(normal, self.predict(normal, visible), visible)
+
+
+def _check_channels(encoder: Any, decoder: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != len(std) or not mean or not all(0 < value < math.inf for value in std):
+        raise ValueError(f"mean and std have a number a channel, std above 0; got {tuple(mean)} and {tuple(std)}.")
+    model = getattr(encoder, "model", encoder)
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = getattr(model, "in_chans", None) or first
+    if channels is not None and channels != len(mean):
+        raise ValueError(
+            f"the encoder takes images of {channels} channels, mean and std are those of {len(mean)}; give mean= and "
+            f"std= of {channels} channels."
+        )
+    drawn = getattr(decoder, "channels", None)
+    if drawn is not None and drawn != len(mean):
+        raise ValueError(
+            f"the decoder draws images of {drawn} channels, the encoder takes {len(mean)}; make the decoder with "
+            f"channels={len(mean)}."
+        )
 
 
 def visible_cells(cells: int, ratio: float) -> int:

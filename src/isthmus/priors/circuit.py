@@ -15,13 +15,14 @@ Values are logarithms; sums are taken level by level as one batched product of m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from isthmus import bounds
+from isthmus.bounds import Count, NonNegative
 from isthmus.codec import part
 from isthmus.priors.circuit_tree import Tree, checked, chow_liu_tree, levels, mutual_information
 
@@ -47,6 +48,7 @@ class Flows(NamedTuple):
 
 
 @part
+@bounds.checked
 class HCLT(nn.Module):
     """Hidden Chow-Liu tree over D categorical variables; learns by expectation maximisation, without gradients.
 
@@ -65,13 +67,10 @@ class HCLT(nn.Module):
         history: mean log-likelihood in nats of every pass of ``fit`` over its batches.
     """
 
-    def __init__(self, parents: Sequence[int], categories: int, latents: int = 16, pseudocount: float = 0.01) -> None:
+    def __init__(
+        self, parents: Sequence[int], categories: Count, latents: Count = 16, pseudocount: NonNegative = 0.01
+    ) -> None:
         super().__init__()
-        if categories < 1 or latents < 1 or not 0 <= pseudocount < math.inf:
-            raise ValueError(
-                "categories and latents are at least 1 and pseudocount is finite and not negative, got "
-                f"{categories}, {latents} and {pseudocount}."
-            )
         self.parents, self.categories, self.latents = checked(parents), categories, latents
         self.pseudocount = float(pseudocount)
         self._levels = levels(self.parents)

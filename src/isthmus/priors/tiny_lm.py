@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import extra, part
 
 
 @part
-def tiny_llama(vocab: int, layers: int = 4, width: int = 128, heads: int | None = None, length: int = 1024) -> Any:
+@checked
+def tiny_llama(
+    vocab: Count, layers: Count = 4, width: Count = 128, heads: Count | None = None, length: Count = 1024
+) -> Any:
     """A ``LlamaForCausalLM`` with new weights, drawn from torch's global generator.
 
     Args:
@@ -28,8 +32,6 @@ def tiny_llama(vocab: int, layers: int = 4, width: int = 128, heads: int | None 
         UserError: transformers is not installed.
     """
     heads = max(1, width // 32) if heads is None else heads
-    if min(vocab, layers, width, heads, length) < 1:
-        raise ValueError(f"all sizes must be at least 1, got {vocab=}, {layers=}, {width=}, {heads=}, {length=}.")
     if width % (2 * heads):
         raise ValueError(f"width {width} must be a multiple of twice the {heads} heads, for rotary positions.")
     transformers = extra("transformers", "language")

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Positive, checked
 from isthmus.codec import part
 
 Pair = tuple[int, int]
@@ -158,6 +159,7 @@ def take(images: Tensor, offset: Tensor, size: Pair, cyclic: bool = False) -> Te
 
 
 @part
+@checked
 class CropSelection(nn.Module):
     """A model that sees the chosen crop of every view instead of its centre.
 
@@ -186,14 +188,14 @@ class CropSelection(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        crop: int | Sequence[int],
-        size: int | Sequence[int] | None = None,
+        crop: Count | Sequence[Count],
+        size: Count | Sequence[Count] | None = None,
         score: str | Score = "hash",
-        window: int | None = None,
+        window: Natural | None = None,
         cyclic: bool = False,
         mean: Sequence[float] = (),
-        std: Sequence[float] = (),
-        levels: int = 255,
+        std: Sequence[Positive] = (),
+        levels: Count = 255,
     ) -> None:
         super().__init__()
         if isinstance(score, str) and score not in SCORES:

@@ -11,6 +11,7 @@ from timm.layers import ConvNormAct
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.bounds import checked
 from isthmus.codec import create_timm
 from isthmus.codec.checkpoints import Checkpoint, load_into
 from isthmus.codec.published import Published
@@ -19,6 +20,7 @@ from isthmus.encoders.images.stages import NamedStages
 __all__ = ["AlexNet", "architecture_of", "from_official"]
 
 
+@checked
 class AlexNet(NamedStages):
     """Five convolutions with bias, batch norm and ReLU, three max pools, two wide linear layers and a classifier.
 

@@ -8,6 +8,7 @@ encoder and returns tokens. An adapter that makes several images of one sample s
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -19,11 +20,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from isthmus.bounds import Count, Natural, Positive, checked
 from isthmus.codec import Condition, FeatureInfo, call_part, conditions_of, part
 from isthmus.layers.spectral import log_mel
 
 
 @part
+@checked
 class AsImage(nn.Module):
     """An adapter, then an image encoder; the cells of its last map are the tokens.
 
@@ -52,6 +55,7 @@ class AsImage(nn.Module):
 
 
 @part
+@checked
 class AudioImage(nn.Module):
     """Waveform → Kaldi log-mel picture of fixed width, standardised; defaults are those of Speech Commands.
 
@@ -76,20 +80,17 @@ class AudioImage(nn.Module):
 
     def __init__(
         self,
-        rate: int = 16000,
-        bands: int = 128,
-        frames: int = 128,
+        rate: Count = 16000,
+        bands: Count = 128,
+        frames: Count = 128,
         mean: float = -6.845978,
-        std: float = 5.5654526,
-        window: float = 0.025,
-        hop: float = 0.010,
+        std: Positive = 5.5654526,
+        window: Positive = 0.025,
+        hop: Positive = 0.010,
     ) -> None:
         super().__init__()
-        if min(rate, bands, frames, rate * window, rate * hop) < 1 or std <= 0:
-            raise ValueError(
-                f"rate {rate}, bands {bands}, frames {frames}, std {std}, window {window} s and hop {hop} s must be "
-                "positive, and window and hop at least one sample."
-            )
+        if min(rate * window, rate * hop) < 1:
+            raise ValueError(f"window {window} s and hop {hop} s must be at least one sample, at rate {rate}.")
         self.rate, self.bands, self.frames, self.mean, self.std = rate, bands, frames, mean, std
         self.window, self.hop = window, hop
 
@@ -141,6 +142,7 @@ def augment_spectrogram(
 
 
 @part
+@checked
 class VideoImage(nn.Module):
     """A clip of a square number of frames → one picture.
 
@@ -156,8 +158,6 @@ class VideoImage(nn.Module):
 
     def __init__(self, layout: Literal["raw", "tile"] = "raw") -> None:
         super().__init__()
-        if layout not in ("raw", "tile"):
-            raise ValueError(f"layout {layout!r} is neither 'raw' nor 'tile'.")
         self.layout = layout
 
     def forward(self, clip: Tensor) -> Tensor:
@@ -174,6 +174,7 @@ class VideoImage(nn.Module):
 
 
 @part
+@checked
 class SeriesImage(nn.Module):
     """Multivariate series of a group of stations → one square picture a group (the ETT, weather-station model).
 
@@ -194,16 +195,13 @@ class SeriesImage(nn.Module):
         ValueError: L · dim is not a square, or an input has another size or is missing.
     """
 
-    def __init__(self, channels: int, length: int, dim: int, calendar: int = 0, coordinates: int = 0) -> None:
+    def __init__(
+        self, channels: Count, length: Count, dim: Count, calendar: Natural = 0, coordinates: Natural = 0
+    ) -> None:
         super().__init__()
-        if min(channels, length, dim) < 1 or min(calendar, coordinates) < 0:
-            raise ValueError(
-                f"channels {channels}, length {length} and dim {dim} are at least 1, calendar {calendar} and "
-                f"coordinates {coordinates} at least 0."
-            )
         self.side = math.isqrt(length * dim)
         if self.side**2 != length * dim:
-            fits = next(d for d in range(dim, length * dim + 1) if math.isqrt(length * d) ** 2 == length * d)
+            fits = next(d for d in itertools.count(dim) if math.isqrt(length * d) ** 2 == length * d)
             raise ValueError(f"{length} steps of width {dim} make no square picture; dim={fits} would.")
         self.channels, self.length = channels, length
         self.value = nn.Conv1d(channels, dim, 3, padding=1, padding_mode="circular", bias=False)
@@ -292,6 +290,7 @@ def splat_points(points: Tensor, features: Tensor, size: int, extent: int | None
 
 
 @part
+@checked
 class PointImage(nn.Module):
     """A point cloud → pictures from several sides (after P2P): learned point features, splatted and coloured.
 
@@ -315,12 +314,12 @@ class PointImage(nn.Module):
 
     def __init__(
         self,
-        views: int = 4,
-        size: int = 224,
-        extent: int | None = None,
-        neighbours: int = 32,
-        width: int = 8,
-        channels: int = 64,
+        views: Count = 4,
+        size: Count = 224,
+        extent: Count | None = None,
+        neighbours: Count = 32,
+        width: Count = 8,
+        channels: Count = 64,
     ) -> None:
         super().__init__()
         if not 1 <= views <= len(VIEWS):

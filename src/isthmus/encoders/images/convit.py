@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Annotated, Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from isthmus.bounds import Count, Natural, Positive, Share, checked, one_of
 from isthmus.codec import part, replaces
 from isthmus.codec.published import Published
 from isthmus.encoders.images.pyramid import check_images, check_settings, imagenet_cfg
@@ -37,6 +38,7 @@ from isthmus.encoders.images.pyramid import check_images, check_settings, imagen
 Grid = tuple[int, int]
 
 
+@checked
 class GPSA(nn.Module):
     """Gated positional self-attention: A = (1 - g) softmax(q·k/√d) + g softmax(W_pos·r), g = σ(λ) (section 3.2).
 
@@ -65,13 +67,11 @@ class GPSA(nn.Module):
         qkv_bias: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        locality_strength: float = 1.0,
+        locality_strength: Positive = 1.0,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide the width {dim}.")
-        if not 0 < locality_strength < math.inf:
-            raise ValueError(f"locality_strength {locality_strength}: it must be a number above 0.")
         self.dim, self.num_heads, self.locality_strength = dim, num_heads, locality_strength
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
@@ -226,6 +226,7 @@ class Block(nn.Module):
 
 
 @part
+@checked
 class ConViT(convit.ConVit):
     """timm's ConViT for images of any size: position embeddings are resampled, borders padded to whole patches.
 
@@ -256,29 +257,27 @@ class ConViT(convit.ConVit):
 
     def __init__(
         self,
-        img_size: int | Grid = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "token",
-        embed_dim: int = 432,
-        depth: int = 12,
-        num_heads: int = 9,
-        mlp_ratio: float = 4.0,
+        img_size: Count | Grid = 224,
+        patch_size: Count = 16,
+        in_chans: Count = 3,
+        num_classes: Natural = 1000,
+        global_pool: Annotated[str, one_of(("token", "avg", ""))] = "token",
+        embed_dim: Count = 432,
+        depth: Count = 12,
+        num_heads: Count = 9,
+        mlp_ratio: Positive = 4.0,
         qkv_bias: bool = False,
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        local_up_to_layer: int = 10,
-        locality_strength: float = 1.0,
+        drop_rate: Share = 0.0,
+        pos_drop_rate: Share = 0.0,
+        proj_drop_rate: Share = 0.0,
+        attn_drop_rate: Share = 0.0,
+        drop_path_rate: Share = 0.0,
+        local_up_to_layer: Natural = 10,
+        locality_strength: Positive = 1.0,
         use_pos_embed: bool = True,
     ) -> None:
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide the width {embed_dim}.")
-        if not 0 < locality_strength < math.inf:
-            raise ValueError(f"locality_strength {locality_strength}: it must be a number above 0.")
         check_settings(
             {
                 "img_size": img_size,

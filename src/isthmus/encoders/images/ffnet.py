@@ -20,8 +20,10 @@ from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.bounds import checked
 from isthmus.codec.published import Published
 from isthmus.encoders.images.pyramid import Pyramid, Stage, imagenet_cfg
+from isthmus.layers.pool import Pooling
 
 Body = Literal["resnet", "slim", "narrow"]
 
@@ -99,6 +101,7 @@ class Smoothing(nn.Module):
         return F.conv2d(F.pad(x, (0, 0, 1, 1), mode="reflect"), weight.to(x.dtype), stride=2, groups=x.shape[1])
 
 
+@checked
 class FFNet(Pyramid):
     """Body and a pooled classifier; four levels of reduction 4, 8, 16 and 32 (8 to 64 where the first stage strides).
 
@@ -132,7 +135,7 @@ class FFNet(Pyramid):
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
-        global_pool: str = "avg",
+        global_pool: Pooling = "avg",
     ) -> None:
         convolutions = {"resnet": 1, "slim": 2, "narrow": 2}
         if body not in convolutions:

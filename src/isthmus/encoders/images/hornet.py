@@ -21,9 +21,11 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, convnext, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Share, checked
 from isthmus.codec import part
 from isthmus.codec.published import Published, classes_in, with_head_norm
 from isthmus.layers.gnconv import GnConv, Pair
+from isthmus.layers.pool import Pooling
 
 
 class HorNetBlock(nn.Module):
@@ -58,8 +60,8 @@ class HorNetBlock(nn.Module):
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
-        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.gamma1 = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale else None
+        self.gamma2 = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,6 +81,7 @@ class HorNetBlock(nn.Module):
 
 
 @part
+@checked
 class HorNet(convnext.ConvNeXt):
     """The network; stem, transitions, head and interface are those of timm's ConvNeXt.
 
@@ -113,21 +116,21 @@ class HorNet(convnext.ConvNeXt):
 
     def __init__(
         self,
-        depths: Sequence[int] = (2, 3, 18, 2),
-        dims: Sequence[int] = (64, 128, 256, 512),
-        orders: Sequence[int] = (2, 3, 4, 5),
-        kernel: int = 7,
+        depths: Sequence[Count] = (2, 3, 18, 2),
+        dims: Sequence[Count] = (64, 128, 256, 512),
+        orders: Sequence[Count] = (2, 3, 4, 5),
+        kernel: Count = 7,
         scales: float | Sequence[float] = 1 / 3,
         filters: Sequence[Pair | None] | None = None,
         *,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        in_chans: Count = 3,
+        num_classes: Natural = 1000,
+        global_pool: Pooling = "avg",
+        drop_rate: Share = 0.0,
+        drop_path_rate: Share = 0.0,
         layer_scale: float = 1e-6,
         head_init_scale: float = 1.0,
-        stem_stride: int = 4,
+        stem_stride: Count = 4,
         norm_features: bool = False,
         uniform_init: bool = False,
     ) -> None:

@@ -25,6 +25,7 @@ import torch
 from timm.models import build_model_with_cfg, convnext, generate_default_cfgs, inception_next, register_model
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import UserError, part
 from isthmus.codec.published import Published
 from isthmus.encoders.images.metanext import MetaNeXt, Mixer
@@ -191,7 +192,8 @@ MIXERS: dict[str, Mixer] = {
 
 
 @part("InceptionNeXtMixers")
-def mixer_network(mixer: str, depths: Sequence[int], dims: Sequence[int], **arguments: Any) -> MetaNeXt:
+@checked
+def mixer_network(mixer: str, depths: Sequence[Count], dims: Sequence[Count], **arguments: Any) -> MetaNeXt:
     """A :class:`MetaNeXt` whose mixer is named, one of :data:`MIXERS`; ``arguments`` are those of the network."""
     if mixer not in MIXERS:
         raise UserError(f"no mixer {mixer!r}; choose from {', '.join(MIXERS)}.")

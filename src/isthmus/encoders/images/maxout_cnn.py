@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Share, checked
 from isthmus.codec import FeatureInfo, part
 
 Border = Literal["valid", "zero"]
@@ -136,6 +137,7 @@ class LocallyConnected(nn.Module):
 
 
 @part
+@checked
 class MaxoutCNN(nn.Module):
     """An encoder of one level: ``(B, 3, H, W)`` → ``[(B, D, 1, 1)]``, or maps where ``dense`` is empty.
 
@@ -161,14 +163,14 @@ class MaxoutCNN(nn.Module):
 
     def __init__(
         self,
-        size: int | Sequence[int] = 54,
-        widths: Sequence[int] = (48, 64, 128, 160, 192, 192, 192, 192),
-        kernel: int = 5,
-        pieces: int = 3,
-        strides: Sequence[int] = (2, 1, 2, 1, 2, 1, 2, 1),
-        local: int = 192,
-        dense: Sequence[int] = (3072, 3072),
-        dropout: float = 0.5,
+        size: Count | Sequence[Count] = 54,
+        widths: Sequence[Count] = (48, 64, 128, 160, 192, 192, 192, 192),
+        kernel: Count = 5,
+        pieces: Count = 3,
+        strides: Sequence[Natural] = (2, 1, 2, 1, 2, 1, 2, 1),
+        local: Natural = 192,
+        dense: Sequence[Count] = (3072, 3072),
+        dropout: Share = 0.5,
         ceil: bool = True,
         border: Border | None = "valid",
         batch_norm: bool = False,

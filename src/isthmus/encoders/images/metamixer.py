@@ -24,6 +24,7 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.bounds import checked
 from isthmus.codec.published import Published, classes_in
 from isthmus.encoders.images.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers import metamixer
@@ -38,6 +39,7 @@ from isthmus.layers.metamixer import (
     single_depthwise,
     strip_depthwise,
 )
+from isthmus.layers.pool import Pooling
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -75,6 +77,7 @@ class Mergeable(Pyramid):
             self.__dict__["_timm_spec"]["kwargs"] |= {"deploy": True, **({"layer_scale": 0.0} if fold_scales else {})}
 
 
+@checked
 class FFNet(Mergeable):
     """The network, with timm's interface.
 
@@ -119,7 +122,7 @@ class FFNet(Mergeable):
         layer_scale: float | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "avg",
+        global_pool: Pooling = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         tail_norm: str = "batch",
@@ -181,6 +184,7 @@ class FFNet(Mergeable):
         self.init_weights()
 
 
+@checked
 class FFNetSeg(Mergeable):
     """The backbone of the paper's segmentation system: strip convolutions beside square ones, dense downsampling.
 
@@ -225,7 +229,7 @@ class FFNetSeg(Mergeable):
         layer_scale: float | None = 1e-5,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "avg",
+        global_pool: Pooling = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         deploy: bool = False,
@@ -283,6 +287,7 @@ class FFNetSeg(Mergeable):
         self.init_weights()
 
 
+@checked
 class MixerNet(Mergeable):
     """A small pyramid of FFNet's blocks with any token mixer, to compare mixers in otherwise equal networks.
 

@@ -20,7 +20,9 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import inception_next
 from torch import Tensor, nn
 
+from isthmus.bounds import checked
 from isthmus.encoders.images.pyramid import check_images, check_settings
+from isthmus.layers.pool import Pooling
 from isthmus.layers.reparam import check_mergeable, warn_if_untrained
 
 #: ``mixer(dim, stage)``: a module that maps ``(B, dim, H, W)`` to itself, for the stage counted from 0.
@@ -29,6 +31,7 @@ Mixer = Callable[[int, int], nn.Module]
 Norm = Callable[[int], nn.Module]
 
 
+@checked
 class MetaNeXt(inception_next.MetaNeXt):
     """The pyramid with a swappable mixer; a timm model in every respect.
 
@@ -66,7 +69,7 @@ class MetaNeXt(inception_next.MetaNeXt):
         *,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "avg",
+        global_pool: Pooling = "avg",
         stem_stride: int = 4,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,

@@ -11,14 +11,17 @@ from timm.layers import ConvNormAct, SelectAdaptivePool2d
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.bounds import checked
 from isthmus.codec import create_timm
 from isthmus.codec.checkpoints import Checkpoint, load_into
 from isthmus.codec.published import Published
 from isthmus.encoders.images.stages import NamedStages
+from isthmus.layers.pool import Pooling
 
 __all__ = ["NetworkInNetwork", "architecture_of", "from_official"]
 
 
+@checked
 class NetworkInNetwork(NamedStages):
     """Blocks of one spatial convolution followed by 1×1 ones, global average pooling and a linear classifier.
 
@@ -48,7 +51,7 @@ class NetworkInNetwork(NamedStages):
         depths: Sequence[int] = (3, 3, 3, 3),
         widths: Sequence[int] = (192, 160, 96),
         pool_conv3: bool = False,
-        global_pool: str = "avg",
+        global_pool: Pooling = "avg",
         drop_rate: float = 0.0,
     ) -> None:
         if not depths or min(depths) < 1 or len(widths) != depths[0]:

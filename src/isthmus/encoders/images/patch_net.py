@@ -5,10 +5,12 @@ from __future__ import annotations
 from timm.layers import BlurPool2d
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import part
 
 
 @part
+@checked
 class PatchNet(nn.Module):
     """Patches of 8×8 pixels, two more convolutions, the mean over places: aliases as badly as any of its kind.
 
@@ -18,7 +20,7 @@ class PatchNet(nn.Module):
             1904.11486): as many parameters, about twice the work.
     """
 
-    def __init__(self, num_classes: int, antialiased: bool = False) -> None:
+    def __init__(self, num_classes: Count, antialiased: bool = False) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 48, 8, stride=4 if antialiased else 8, padding=2 if antialiased else 0)
         self.blur = nn.Sequential(nn.ReLU(), *([BlurPool2d(48)] if antialiased else []))

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import part
 from isthmus.encoders.images.as_image import SeriesImage, VideoImage
 
@@ -15,6 +16,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @part
+@checked
 class VideoFrames(nn.Module):
     """``(B, T, 3, H, W)``, bytes or in [0, 1] → one normalised picture a clip ``(B, 3, √T·H, √T·W)``."""
 
@@ -33,10 +35,11 @@ class VideoFrames(nn.Module):
 
 
 @part
+@checked
 class SeriesRows(nn.Module):
     """``(B, C, L)`` without the mean and deviation of every channel → one square picture a sample."""
 
-    def __init__(self, channels: int, length: int, dim: int) -> None:
+    def __init__(self, channels: Count, length: Count, dim: Count) -> None:
         super().__init__()
         self.fold = SeriesImage(channels, length, dim)
 
@@ -52,6 +55,7 @@ def standardised(series: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @part
+@checked
 class Perception(nn.Module):
     """An adapter, the convnet, and a linear head on the pooled features of a sample's pictures side by side.
 
@@ -64,7 +68,7 @@ class Perception(nn.Module):
     Shapes: what the adapter takes → logits ``(B, classes)``.
     """
 
-    def __init__(self, adapter: nn.Module | None, network: nn.Module, views: int, classes: int) -> None:
+    def __init__(self, adapter: nn.Module | None, network: nn.Module, views: Count, classes: Count) -> None:
         super().__init__()
         self.adapter = nn.Identity() if adapter is None else adapter
         self.network, self.views = network, views
@@ -84,6 +88,7 @@ class Perception(nn.Module):
 
 
 @part
+@checked
 class MapForecaster(nn.Module):
     """The cells of the convnet's last map → the next values of every series.
 
@@ -92,7 +97,7 @@ class MapForecaster(nn.Module):
     Shapes: ``(B, C, length)`` → ``(B, C, horizon)``.
     """
 
-    def __init__(self, adapter: SeriesRows, network: nn.Module, channels: int, horizon: int) -> None:
+    def __init__(self, adapter: SeriesRows, network: nn.Module, channels: Count, horizon: Count) -> None:
         super().__init__()
         self.adapter, self.network, self.channels, self.horizon = adapter, network, channels, horizon
         side = math.ceil(adapter.fold.side / 32)

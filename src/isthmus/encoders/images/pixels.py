@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import FeatureInfo, part
 from isthmus.encoders.images.pyramid import check_images
 
 
 @part
+@checked
 class Pixels(nn.Module):
     """An image as a pyramid of one level, with reduction 1: ``Codec(Pixels(), decoder=MetaMixerSR(2))``.
 
@@ -21,7 +23,7 @@ class Pixels(nn.Module):
         ValueError: an input of another form.
     """
 
-    def __init__(self, channels: int = 3) -> None:
+    def __init__(self, channels: Count = 3) -> None:
         super().__init__()
         self.channels = channels
         self.feature_info = [FeatureInfo(channels, 1)]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import FeatureInfo, part
 from isthmus.encoders.images.pyramid import check_images
 
@@ -29,6 +30,7 @@ SMALL: dict[str, Any] = {"widths": (64, 128, 256, 512), "kernels": (4,) * 4, "st
 
 
 @part
+@checked
 class QLAEEncoder(nn.Module):
     """Pictures to one token of latents.
 
@@ -47,13 +49,13 @@ class QLAEEncoder(nn.Module):
 
     def __init__(
         self,
-        latents: int,
-        size: int = 64,
-        channels: int = 3,
-        widths: Sequence[int] = IMAGE["widths"],
-        kernels: Sequence[int] = IMAGE["kernels"],
-        strides: Sequence[int] = IMAGE["strides"],
-        dense: Sequence[int] = IMAGE["dense"],
+        latents: Count,
+        size: Count = 64,
+        channels: Count = 3,
+        widths: Sequence[Count] = IMAGE["widths"],
+        kernels: Sequence[Count] = IMAGE["kernels"],
+        strides: Sequence[Count] = IMAGE["strides"],
+        dense: Sequence[Count] = IMAGE["dense"],
     ) -> None:
         super().__init__()
         if not len(widths) == len(kernels) == len(strides) > 0:
@@ -92,6 +94,7 @@ class QLAEEncoder(nn.Module):
 
 
 @part
+@checked
 class DenseEncoder(nn.Module):
     """Pixels laid out flat, dense layers with ReLU, a linear head: for pictures of a few pixels.
 
@@ -107,7 +110,9 @@ class DenseEncoder(nn.Module):
         ValueError: a picture of another size.
     """
 
-    def __init__(self, latents: int, size: int = 16, channels: int = 3, widths: Sequence[int] = (256, 256)) -> None:
+    def __init__(
+        self, latents: Count, size: Count = 16, channels: Count = 3, widths: Sequence[Count] = (256, 256)
+    ) -> None:
         super().__init__()
         self.size, self.channels, self.latents = size, channels, latents
         self.feature_info = [FeatureInfo(latents, size, "NTC")]

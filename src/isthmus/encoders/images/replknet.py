@@ -20,9 +20,11 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.bounds import checked
 from isthmus.codec.published import Published, classes_in
 from isthmus.encoders.images.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
+from isthmus.layers.pool import Pooling
 from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
 
 
@@ -115,6 +117,7 @@ class FeedForwardBlock(nn.Module):
         return x + self.drop_path(self.pw2(self.act(self.pw1(self.norm(x)))))
 
 
+@checked
 class RepLKNet(Pyramid):
     """The network, with timm's interface.
 
@@ -149,7 +152,7 @@ class RepLKNet(Pyramid):
         ffn_ratio: float = 4.0,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "avg",
+        global_pool: Pooling = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_features: bool = False,

@@ -21,9 +21,11 @@ from timm.models.resnet import BasicBlock as WideBlock
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from isthmus.bounds import checked
 from isthmus.codec.published import Published
 from isthmus.encoders.images.stages import NamedStages
 from isthmus.layers.padded_shortcut import PaddedShortcut
+from isthmus.layers.pool import Pooling
 
 __all__ = ["CifarResNet", "FineStemResNet", "from_official"]
 
@@ -48,6 +50,7 @@ class BasicBlock(nn.Module):
         return self.act2(y + self.shortcut(x))
 
 
+@checked
 class CifarResNet(NamedStages):
     """A stem and three stages; 6·``blocks`` + 2 layers.
 
@@ -69,7 +72,7 @@ class CifarResNet(NamedStages):
         in_chans: int = 3,
         blocks: int = 3,
         width: int = 16,
-        global_pool: str = "avg",
+        global_pool: Pooling = "avg",
         drop_rate: float = 0.0,
     ) -> None:
         if blocks < 1 or width < 1:

@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import part
 
 
 @part
+@checked
 class PooledCNN(nn.Module):
     """Three 3×3 convolutions with ReLU, max pooling after the second, the mean over places, a linear layer."""
 
-    def __init__(self, num_classes: int, width: int, bias: bool = True) -> None:
+    def __init__(self, num_classes: Count, width: Count, bias: bool = True) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=bias)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=bias)
@@ -27,10 +29,11 @@ class PooledCNN(nn.Module):
 
 
 @part
+@checked
 class UpscalingCNN(nn.Module):
     """Three convolutions and a pixel shuffle, LeakyReLU and SiLU, with a skip: twice as many pixels a side."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: Count) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 2 * width, 3, padding=1)
         self.conv2 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
@@ -43,10 +46,11 @@ class UpscalingCNN(nn.Module):
 
 
 @part
+@checked
 class SmoothAutoencoder(nn.Module):
     """Instance norm, a strided convolution with sigmoid, a transposed one with tanh."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: Count) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1)
         self.norm = nn.InstanceNorm2d(width, affine=True)

@@ -7,13 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import UserError, part
 from isthmus.encoders.images.metamixer import MixerNet
 from isthmus.layers.metamixer import ConvNorm, ffnified_attention, reparam_depthwise, self_attention
 
 
 @part("MetaMixerMixers")
-def mixer_network(mixer: str, depths: Sequence[int], dims: Sequence[int], heads: int, **arguments: Any) -> MixerNet:
+@checked
+def mixer_network(
+    mixer: str, depths: Sequence[Count], dims: Sequence[Count], heads: Count, **arguments: Any
+) -> MixerNet:
     """A :class:`MixerNet` whose mixer is named as in :func:`token_mixer`; ``arguments`` are those of the network."""
     return MixerNet(token_mixer(mixer, heads, len(dims)), depths, dims, **arguments)
 

@@ -25,11 +25,13 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from isthmus.bounds import Count, Natural, Positive, Share, checked
 from isthmus.codec import part
 from isthmus.codec.published import Published
 from isthmus.encoders.images.aggregated_attention import AggregatedAttention, Grid, Pair, PlainAttention
 from isthmus.encoders.images.pyramid import Pyramid, check_settings, imagenet_cfg
 from isthmus.layers.neighbourhood import visible_neighbours
+from isthmus.layers.pool import Pooling
 
 BiasMode = Literal["extrapolate", "interpolate"]
 
@@ -111,6 +113,7 @@ class TransNeXtStage(nn.Module):
 
 
 @part
+@checked
 class TransNeXt(Pyramid):
     """The network, with timm's interface.
 
@@ -147,23 +150,23 @@ class TransNeXt(Pyramid):
 
     def __init__(
         self,
-        embed_dims: Sequence[int] = (72, 144, 288, 576),
-        depths: Sequence[int] = (2, 2, 15, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
-        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        window_size: int | Sequence[int | None] = 3,
-        patch_size: int = 4,
-        pretrain_size: int | Pair = 224,
+        embed_dims: Sequence[Count] = (72, 144, 288, 576),
+        depths: Sequence[Count] = (2, 2, 15, 2),
+        num_heads: Sequence[Count] = (3, 6, 12, 24),
+        mlp_ratios: Sequence[Positive] = (8, 8, 4, 4),
+        sr_ratios: Sequence[Count] = (8, 4, 2, 1),
+        window_size: Count | Sequence[Count | None] = 3,
+        patch_size: Count = 4,
+        pretrain_size: Count | Pair = 224,
         bias_mode: BiasMode = "extrapolate",
-        img_size: int | Pair | None = None,
-        fixed_pool_size: int | None = None,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        img_size: Count | Pair | None = None,
+        fixed_pool_size: Count | None = None,
+        in_chans: Count = 3,
+        num_classes: Natural = 1000,
+        global_pool: Pooling = "avg",
+        drop_rate: Share = 0.0,
+        attn_drop_rate: Share = 0.0,
+        drop_path_rate: Share = 0.0,
         attention: Callable[[int, int, int, float], nn.Module] = AggregatedAttention,
     ) -> None:
         windows = [window_size] * len(embed_dims) if isinstance(window_size, int) else list(window_size)

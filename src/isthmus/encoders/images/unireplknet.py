@@ -21,10 +21,12 @@ from timm.layers import trunc_normal_ as trunc_normal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Share, checked
 from isthmus.codec import part
 from isthmus.codec.published import Published, classes_in, with_head_norm
 from isthmus.encoders.images.pyramid import Pyramid, Stage, backbone_of, imagenet_cfg
 from isthmus.layers.large_kernel import DepthwiseConv
+from isthmus.layers.pool import Pooling
 from isthmus.layers.reparam import ReparamConv, check_mergeable, fuse_norm
 
 #: Kernel → (kernel, dilation) of the branches beside it (appendix, table of the dilated re-param block).
@@ -100,7 +102,7 @@ class UniRepLKNetBlock(nn.Module):
         self.grn = ResponseNorm(4 * dim, bias=not deploy)
         self.fc2: Any = nn.Linear(4 * dim, dim, bias=deploy)
         self.norm2: Any = nn.Identity() if deploy else nn.BatchNorm2d(dim)
-        self.gamma = None if deploy else nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma = None if deploy else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,6 +141,7 @@ def default_kernels(depths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 
 
 @part
+@checked
 class UniRepLKNet(Pyramid):
     """The network, with timm's interface.
 
@@ -164,21 +167,23 @@ class UniRepLKNet(Pyramid):
 
     def __init__(
         self,
-        depths: Sequence[int] = (3, 3, 18, 3),
-        dims: Sequence[int] = (80, 160, 320, 640),
-        kernel_sizes: Sequence[Sequence[int]] | None = None,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        depths: Sequence[Count] = (3, 3, 18, 3),
+        dims: Sequence[Count] = (80, 160, 320, 640),
+        kernel_sizes: Sequence[Sequence[Natural]] | None = None,
+        in_chans: Count = 3,
+        num_classes: Natural = 1000,
+        global_pool: Pooling = "avg",
+        drop_rate: Share = 0.0,
+        drop_path_rate: Share = 0.0,
         layer_scale: float = 1e-6,
         head_init_scale: float = 1.0,
         norm_features: bool = False,
         deploy: bool = False,
     ) -> None:
+        if kernel_sizes is None and len(depths) != 4:
+            raise ValueError(f"the published kernels are those of 4 stages; give kernel_sizes for depths {depths}.")
         kernels = default_kernels(depths) if kernel_sizes is None else kernel_sizes
-        if len(depths) != len(dims) or [len(k) for k in kernels] != list(depths):
+        if not depths or len(depths) != len(dims) or [len(k) for k in kernels] != list(depths):
             raise ValueError(
                 f"depths {tuple(depths)}, dims {tuple(dims)} and kernel_sizes {kernels} must agree: one width and one "
                 "list of kernels a stage, one kernel a block."

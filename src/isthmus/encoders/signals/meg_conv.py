@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, NonNegative, Positive, Share, checked
 from isthmus.codec import Condition, FeatureInfo, part
 from isthmus.codec.checkpoints import Checkpoint
 from isthmus.codec.published import Published
@@ -53,6 +54,7 @@ class DilatedLayer(nn.Module):
 
 
 @part
+@checked
 class MEGConv(nn.Module):
     """Sensors ``(B, C, T)`` to one level of tokens ``(B, T, out_channels)``.
 
@@ -93,27 +95,27 @@ class MEGConv(nn.Module):
 
     def __init__(
         self,
-        subjects: int = 1,
-        out_channels: int = 2048,
-        in_channels: int | None = None,
-        attention: int = 270,
-        position_dim: int = 2048,
-        position_axes: int = 2,
-        attention_dropout: float = 0.2,
+        subjects: Count = 1,
+        out_channels: Count = 2048,
+        in_channels: Count | None = None,
+        attention: Natural = 270,
+        position_dim: Count = 2048,
+        position_axes: Count = 2,
+        attention_dropout: NonNegative = 0.2,
         attention_per_subject: bool = False,
         layout: Sequence[Sequence[float]] | None = None,
-        mix: int = 270,
-        mix_depth: int = 1,
+        mix: Natural = 270,
+        mix_depth: Count = 1,
         mix_activation: bool = False,
         subject_layer: Literal["input", "hidden"] | None = "input",
-        subject_dropout: float = 0.0,
-        subject_embedding: int = 0,
-        embedding_scale: float = 1.0,
-        hidden: int = 320,
-        depth: int = 4,
-        kernel_size: int = 3,
-        dilation_growth: int = 2,
-        dilation_period: int | None = 5,
+        subject_dropout: Share = 0.0,
+        subject_embedding: Natural = 0,
+        embedding_scale: Positive = 1.0,
+        hidden: Count = 320,
+        depth: Count = 4,
+        kernel_size: Count = 3,
+        dilation_growth: Count = 2,
+        dilation_period: Natural | None = 5,
         norm: bool = True,
         activation: Literal["gelu", "relu"] = "gelu",
         leak: float = 0.0,
@@ -121,8 +123,8 @@ class MEGConv(nn.Module):
         scale: float | None = None,
         post_skip: bool = False,
         rewrite: bool = False,
-        gate_every: int = 2,
-        gate_context: int = 1,
+        gate_every: Natural = 2,
+        gate_context: Natural = 1,
         gate_glu: bool = True,
         head: Literal["double", "linear"] | None = "double",
     ) -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, Share, checked
 from isthmus.codec import FeatureInfo, part
 from isthmus.layers.large_kernel import DepthwiseConv
 from isthmus.layers.metamixer import MetaMixer
@@ -166,6 +167,7 @@ class ForecastBlock(nn.Module):
 
 
 @part
+@checked
 class SeriesEncoder(nn.Module):
     """Several time series to tokens at a few rates.
 
@@ -191,27 +193,24 @@ class SeriesEncoder(nn.Module):
 
     def __init__(
         self,
-        variables: int,
-        dims: Sequence[int] = (64,),
-        depths: Sequence[int] = (1,),
-        kernels: Sequence[int] = (51,),
-        small_kernels: Sequence[int] = (5,),
-        patch: int = 4,
-        stride: int = 2,
-        downsample: int = 2,
-        ratio: int = 2,
-        dropout: float = 0.1,
+        variables: Count,
+        dims: Sequence[Count] = (64,),
+        depths: Sequence[Count] = (1,),
+        kernels: Sequence[Count] = (51,),
+        small_kernels: Sequence[Natural] = (5,),
+        patch: Count = 4,
+        stride: Count = 2,
+        downsample: Count = 2,
+        ratio: Count = 2,
+        dropout: Share = 0.1,
     ) -> None:
         super().__init__()
         per_stage = {"dims": dims, "depths": depths, "kernels": kernels, "small_kernels": small_kernels}
         if len({len(values) for values in per_stage.values()}) > 1 or not dims:
             told = ", ".join(f"{name} {tuple(values)}" for name, values in per_stage.items())
             raise ValueError(f"{told}: one of each a stage.")
-        if variables < 1 or downsample < 1 or not 1 <= stride <= patch:
-            raise ValueError(
-                f"{variables} variables, patch {patch}, stride {stride}, downsample {downsample}: all at least 1, and "
-                "a stride no longer than the patch."
-            )
+        if stride > patch:
+            raise ValueError(f"stride {stride} is longer than the patch of {patch} values.")
         self.variables, self.patch, self.stride, self.downsample = variables, patch, stride, downsample
         entries: list[nn.Module] = [nn.Sequential(nn.Conv1d(1, dims[0], patch, stride), nn.BatchNorm1d(dims[0]))]
         for before, after in pairwise(dims):
@@ -266,6 +265,7 @@ class SeriesEncoder(nn.Module):
 
 
 @part
+@checked
 class MetaMixerForecaster(nn.Module):
     """The values that follow.
 
@@ -287,11 +287,11 @@ class MetaMixerForecaster(nn.Module):
 
     def __init__(
         self,
-        variables: int,
-        length: int = 96,
-        horizon: int = 96,
+        variables: Count,
+        length: Count = 96,
+        horizon: Count = 96,
         individual: bool = False,
-        head_dropout: float = 0.0,
+        head_dropout: Share = 0.0,
         affine: bool = True,
         subtract_last: bool = False,
         **encoder: Any,

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, NonNegative, checked
 from isthmus.codec import Condition, part
 
 MISSING = -0.1
@@ -83,6 +84,7 @@ def usage_penalty(weights: Tensor, strength: float) -> Tensor:
 
 
 @part
+@checked
 class SpatialAttention(nn.Module):
     """Mix sensors by where they are: output o weighs sensor c by ``softmax_c <head_o, fourier(position_c)>``.
 
@@ -99,7 +101,9 @@ class SpatialAttention(nn.Module):
 
     conditions = frozenset({"positions", "subject", "centre"})
 
-    def __init__(self, channels: int, dim: int = 2048, dropout: float = 0.2, subjects: int = 0, axes: int = 2) -> None:
+    def __init__(
+        self, channels: Count, dim: Count = 2048, dropout: NonNegative = 0.2, subjects: Natural = 0, axes: Count = 2
+    ) -> None:
         super().__init__()
         frequencies(dim, axes)
         if dropout < 0:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, Natural, checked
 from isthmus.codec import FeatureInfo, part
 from isthmus.encoders.images.pyramid import check_images
 from isthmus.layers.conv_block import ResidualBlock, width_of
 
 
 @part
+@checked
 class ConvTokenizer(nn.Module):
     """Images to one map, ready for vector quantisation.
 
@@ -28,9 +30,11 @@ class ConvTokenizer(nn.Module):
         ValueError: a reduction that is no power of two, or an image that it does not divide.
     """
 
-    def __init__(self, dim: int = 16, reduction: int = 2, width: int = 32, depth: int = 1, channels: int = 3) -> None:
+    def __init__(
+        self, dim: Count = 16, reduction: Count = 2, width: Count = 32, depth: Natural = 1, channels: Count = 3
+    ) -> None:
         super().__init__()
-        if reduction < 1 or reduction & (reduction - 1):
+        if reduction & (reduction - 1):
             raise ValueError(f"reduction must be a power of two, got {reduction}.")
         self.channels, self.reduction = channels, reduction
         self.feature_info = [FeatureInfo(dim, reduction)]

@@ -7,11 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from isthmus.bounds import Count, checked
 from isthmus.codec import FeatureInfo, part
 from isthmus.layers.pool import as_tokens
 
 
 @part
+@checked
 class Embedding(nn.Module):
     """The deepest level of an encoder as tokens, averaged or laid out flat, minus a mean.
 
@@ -28,7 +30,7 @@ class Embedding(nn.Module):
     mean: Tensor
 
     def __init__(
-        self, encoder: nn.Module, channels: int, pool: Literal["mean", "flat", "none"] = "mean", grey: bool = False
+        self, encoder: nn.Module, channels: Count, pool: Literal["mean", "flat", "none"] = "mean", grey: bool = False
     ) -> None:
         super().__init__()
         self.encoder, self.channels, self.pool, self.grey = encoder, channels, pool, grey
