@@ -201,6 +201,18 @@ def test_dropout_and_pooling_are_set_by_timms_keywords(tiny: Tiny) -> None:
         assert not torch.equal(model.forward_head(features), model.forward_head(features))
 
 
+@pytest.mark.parametrize("name", ["cifar_resnet20", "ffnet18", "ffnet46ns", "unireplknet_a"])
+def test_stochastic_depth_drops_branches_in_training_only(name: str) -> None:
+    tiny = next(t for tinies in ARCHITECTURES.values() for t in tinies if t.name == name)
+    model, x = make(tiny, drop_path_rate=0.5), image(tiny.sides[0], batch=16)
+    with torch.no_grad():
+        assert torch.equal(model(x), make(tiny)(x))
+        for module in model.modules():
+            module.training = type(module).__name__ == "DropPath"
+        torch.manual_seed(0)
+        assert not torch.equal(model(x), model(x))
+
+
 @pytest.mark.parametrize("name", ["cifar_resnet20", "nin_cifar_tiny"])
 def test_a_map_comes_out_where_nothing_is_pooled(name: str) -> None:
     model: Any = timm.create_model(name, num_classes=5).eval()

@@ -12,15 +12,15 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from isthmus.bounds import checked
+from isthmus.bounds import Share, checked
 from isthmus.codec.published import Published
 from isthmus.encoders.images.pyramid import Pyramid, Stage, imagenet_cfg
 from isthmus.layers.pool import Pooling
@@ -33,18 +33,19 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, stride: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = _shortcut(channels, width, stride)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, channels, H, W)`` → ``(B, width, ⌈H/stride⌉, ⌈W/stride⌉)``."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.downsample(x))
+        return F.relu(self.drop_path(y) + self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -52,7 +53,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, stride: int, drop_path: float = 0.0) -> None:
         super().__init__()
         out = width * self.expansion
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
@@ -62,12 +63,13 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample = _shortcut(channels, out, stride)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, channels, H, W)`` → ``(B, 4 width, ⌈H/stride⌉, ⌈W/stride⌉)``."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
-        return F.relu(y + self.downsample(x))
+        return F.relu(self.drop_path(y) + self.downsample(x))
 
 
 def _shortcut(channels: int, out: int, stride: int) -> nn.Module:
@@ -117,6 +119,7 @@ class FFNet(Pyramid):
         num_classes: outputs of the classifier; 0 leaves it out.
         in_chans: channels of the image.
         drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         global_pool: timm's name of the pooling.
 
     Raises:
@@ -134,7 +137,8 @@ class FFNet(Pyramid):
         pre_down: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
-        drop_rate: float = 0.0,
+        drop_rate: Share = 0.0,
+        drop_path_rate: Share = 0.0,
         global_pool: Pooling = "avg",
     ) -> None:
         convolutions = {"resnet": 1, "slim": 2, "narrow": 2}
@@ -171,10 +175,11 @@ class FFNet(Pyramid):
             )
             made.append(nn.Sequential(last))
             channels = widths[0]
+        rates = iter(cast("list[float]", calculate_drop_path_rates(drop_path_rate, sum(layers))))
         for depth, width, stride in zip(layers, widths[-stages:], strides[-stages:], strict=True):
             blocks: list[nn.Module] = []
             for index in range(depth):
-                blocks.append(block(channels, width, stride if index == 0 else 1))
+                blocks.append(block(channels, width, stride if index == 0 else 1, next(rates)))
                 channels = width * block.expansion
             made.append(Stage(nn.Identity(), blocks))
         dims = [w * block.expansion for w in widths]

@@ -13,15 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock as WideBlock
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from isthmus.bounds import checked
+from isthmus.bounds import Share, checked
 from isthmus.codec.published import Published
 from isthmus.encoders.images.stages import NamedStages
 from isthmus.layers.padded_shortcut import PaddedShortcut
@@ -33,7 +33,7 @@ __all__ = ["CifarResNet", "FineStemResNet", "from_official"]
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions with batch norm, the shortcut added before the last ReLU."""
 
-    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, channels: int, out_channels: int, stride: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -43,10 +43,12 @@ class BasicBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
         same = channels == out_channels and stride == 1
         self.shortcut = nn.Identity() if same else PaddedShortcut(channels, out_channels, stride)
+        self.drop_path = DropPath(drop_path) if drop_path else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, channels, H, W)`` → ``(B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉)``."""
         y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        y = y if self.drop_path is None else self.drop_path(y)
         return self.act2(y + self.shortcut(x))
 
 
@@ -61,6 +63,7 @@ class CifarResNet(NamedStages):
         width: channels of the first stage; they double twice.
         global_pool: timm's name of the pooling before the classifier; ``""`` keeps the map.
         drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
 
     Raises:
         ValueError: no block, or no channel.
@@ -73,18 +76,20 @@ class CifarResNet(NamedStages):
         blocks: int = 3,
         width: int = 16,
         global_pool: Pooling = "avg",
-        drop_rate: float = 0.0,
+        drop_rate: Share = 0.0,
+        drop_path_rate: Share = 0.0,
     ) -> None:
         if blocks < 1 or width < 1:
             raise ValueError(f"blocks and width must be at least 1, got {blocks} and {width}.")
         stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         stages: dict[str, nn.Module] = {"conv1": stem}
         info, channels = [], width
+        rates = iter(cast("list[float]", calculate_drop_path_rates(drop_path_rate, 3 * blocks)))
         for number in range(3):
             out = width * 2**number
             stage = nn.Sequential()
             for index in range(blocks):
-                stage.append(BasicBlock(channels, out, 2 if number and not index else 1))
+                stage.append(BasicBlock(channels, out, 2 if number and not index else 1, next(rates)))
                 channels = out
             stages[f"conv{number + 2}"] = stage
             info.append({"num_chs": out, "reduction": 2**number, "stage": f"conv{number + 2}"})
