@@ -249,7 +249,7 @@ def _strict(annotation: Any) -> Any:
 def _check(name: str, annotation: Any, value: Any) -> None:
     if (broken := _broken(annotation, value)) is not None:
         bound, what = broken
-        finite = "finite and " if what in (math.inf, -math.inf) else ""
+        finite = "finite and " if what in (math.inf, -math.inf) and "finite" not in str(bound) else ""
         raise UserError(f"{name} is {finite}{bound}, got {what!r}.")
 
 

@@ -338,7 +338,7 @@ def test_sizes_of_the_tiny_llama() -> None:
     network = tiny_llama(65, layers=3, width=64, length=80)
     assert network(torch.zeros(2, 7, dtype=torch.long)).logits.shape == (2, 7, 65)
     assert network.config.num_attention_heads == 2
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="is at least 1"):
         tiny_llama(0)
     with pytest.raises(ValueError, match="must be a multiple of twice the 3 heads"):
         tiny_llama(9, width=32, heads=3)

@@ -151,7 +151,7 @@ class TransNeXt(Pyramid):
     def __init__(
         self,
         embed_dims: Sequence[Count] = (72, 144, 288, 576),
-        depths: Sequence[Count] = (2, 2, 15, 2),
+        depths: Sequence[Natural] = (2, 2, 15, 2),
         num_heads: Sequence[Count] = (3, 6, 12, 24),
         mlp_ratios: Sequence[Positive] = (8, 8, 4, 4),
         sr_ratios: Sequence[Count] = (8, 4, 2, 1),
