@@ -15,6 +15,7 @@ import numbers
 import operator
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from isthmus.errors import UserError
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class Bound:
+class Bound(ABC):
     """What holds for a value; ``str(bound)`` completes "the value is …"."""
 
+    @abstractmethod
     def holds(self, value: Any) -> bool:
         """Whether a value is within; NaN and infinity are not, nor is what cannot be compared."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
