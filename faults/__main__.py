@@ -71,7 +71,7 @@ def _counted(kind: str, seconds: float, seed: int) -> dict[str, Any]:
         for outcome in KINDS[kind](Path(scratch), random.Random(f"{seed} {kind}")):
             tried += 1
             if outcome is not None:
-                wrong[outcome] += 1
+                wrong[outcome.replace(f"{scratch}/", "")] += 1
             if time.monotonic() > end:
                 break
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
